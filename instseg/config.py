@@ -1,0 +1,151 @@
+"""Complete typed configurations. Units are in the comments; cross-field checks in `__post_init__`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Normalization = Literal["after", "symmetric", "none"]
+Ablation = Literal["full", "validity_ignored", "no_detection_potentials", "no_crf", "naive"]
+MatchingRule = Literal["sds", "authors", "voc07"]
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """The Gaussian kernels of the pairwise term (paper 3.1)."""
+
+    theta_alpha: float = 49.0  # bilateral, pixels
+    theta_beta: float = 5.0  # bilateral, RGB levels 0..255
+    theta_gamma: float = 3.0  # spatial, pixels
+    normalization: Normalization = "after"
+
+    def __post_init__(self) -> None:
+        for name in ("theta_alpha", "theta_beta", "theta_gamma"):
+            _positive(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class SemanticCrfConfig:
+    """The higher-order semantic CRF (paper 3.2). Weights are the values that training starts from."""
+
+    kernels: KernelConfig = field(default_factory=KernelConfig)
+    spatial_weight: float = 1.0
+    bilateral_weight: float = 3.0
+    # "decoupled": w_x moves pixels and w_y moves Y; "tied": the literal Eq. 2, where w_y serves as its one weight w.
+    detection_form: Literal["decoupled", "tied"] = "decoupled"
+    detection_weight_x: float = 2.0
+    detection_weight_y: float = 8.0
+    validity_unary: Literal["logit", "linear"] = "logit"
+    num_iterations: int = 5  # 0 leaves the network's probabilities and the detector's scores as they are
+
+    def __post_init__(self) -> None:
+        _non_negative("num_iterations", self.num_iterations)
+
+
+@dataclass(frozen=True)
+class InstanceCrfConfig:
+    """The instance CRF (paper 3.3, Eq. 5): class-agnostic, Potts."""
+
+    kernels: KernelConfig = field(default_factory=KernelConfig)
+    spatial_weight: float = 3.0
+    bilateral_weight: float = 4.0
+    num_iterations: int = 3
+
+    def __post_init__(self) -> None:
+        _non_negative("num_iterations", self.num_iterations)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network of Figure 2."""
+
+    semantic: str = "logits"  # "logits" (precomputed), "fcn8s", or a torchvision segmentation model by name
+    semantic_crf: SemanticCrfConfig = field(default_factory=SemanticCrfConfig)
+    instance_crf: InstanceCrfConfig = field(default_factory=InstanceCrfConfig)
+    background: Literal["rescored", "literal"] = "rescored"  # channel d0 inside boxes, ALGORITHM section 4
+    score: Literal["validity", "mask"] = "validity"  # what instances are ranked by, ALGORITHM section 6
+    ablation: Ablation = "full"  # which row of the paper's Table 1 to compute
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """workflows/prepare.py: a VOC devkit and the outputs of two networks become Parquet shards."""
+
+    devkit: str  # a folder with JPEGImages/ SegmentationClass/ SegmentationObject/ ImageSets/Segmentation/
+    split: str  # a name in ImageSets/Segmentation
+    detections: str  # COCO results JSON
+    out: str  # new data directory
+    logits: str | None = None  # folder of <image_id>.npz
+    classes: str | None = None  # text file, one foreground class a line; default: the 20 VOC classes
+    min_score: float = 0.05  # detections below are left out
+    grabcut_iterations: int = 5
+    shard_size: int = 16  # images per Parquet file, and per task
+    max_quarantined: float = 0.01  # share of images; above it the job fails
+
+    def __post_init__(self) -> None:
+        _unit_interval("min_score", self.min_score)
+        _unit_interval("max_quarantined", self.max_quarantined)
+        _positive("shard_size", self.shard_size)
+        _positive("grabcut_iterations", self.grabcut_iterations)
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where MLflow records runs."""
+
+    uri: str | None = None  # default: a SQLite database in the current directory, sqlite:///mlflow.db
+    experiment: str = "instseg"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """workflows/train.py."""
+
+    data: str  # directory that prepare.py wrote
+    out: str  # run directory: checkpoints, logs; a second run with the same directory resumes
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    num_epochs: int = 4
+    num_workers: int = 2
+    learning_rate_crf: float = 0.05  # Adam, CRF parameters
+    learning_rate_network: float = 1e-5  # semantic network, where it is trained
+    semantic_loss_weight: float = 1.0
+    instance_loss_weight: float = 1.0
+    seed: int = 0
+    max_failures: int = 2  # worker failures after which the run gives up
+
+    def __post_init__(self) -> None:
+        _positive("num_workers", self.num_workers)
+        _positive("num_epochs", self.num_epochs)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """workflows/evaluate.py."""
+
+    data: str
+    out: str  # report directory
+    checkpoint: str | None = None  # checkpoint or run directory; default: the hand-set parameters of `model`
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    num_actors: int | None = None  # default: one per CPU
+    num_figures: int = 6  # rows of the figure-3 panel
+
+    def __post_init__(self) -> None:
+        if self.num_actors is not None:
+            _positive("num_actors", self.num_actors)
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name}: expected a value > 0, got {value}")
+
+
+def _non_negative(name: str, value: float) -> None:
+    if value < 0:
+        raise ValueError(f"{name}: expected a value >= 0, got {value}")
+
+
+def _unit_interval(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a value in [0, 1], got {value}")

@@ -1,0 +1,141 @@
+"""The nouns of every module: validated, frozen records of NumPy arrays.
+
+Images are RGB uint8. Boxes are `xyxy` in pixels, half-open, inside the image. Class 0 is background, 255 is void.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+BACKGROUND = 0
+IGNORE_LABEL = 255
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """The D object detections of one image: (l_d, s_d, B_d, F_d) of paper section 3.2. D may be 0.
+
+    Attributes:
+        labels: (D,) int64, class l_d in 1..K.
+        scores: (D,) float32, detector confidence s_d in (0, 1].
+        boxes: (D, 4) float32, xyxy pixels, half-open.
+        foregrounds: (D, H, W) bool, the pixels F_d; a row without any pixel means that foreground segmentation failed
+            and keeps the detection out of the CRF (it stays a candidate instance). None until it is computed.
+
+    Raises:
+        ValueError: If shapes, dtypes or ranges are not as above.
+    """
+
+    labels: np.ndarray
+    scores: np.ndarray
+    boxes: np.ndarray
+    foregrounds: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        num = len(self.labels)
+        _require(self.labels.shape == (num,), "labels", "shape (D,)", self.labels.shape)
+        _require(np.issubdtype(self.labels.dtype, np.integer), "labels", "integers", self.labels.dtype)
+        _require(self.scores.shape == (num,), "scores", f"shape ({num},) as labels", self.scores.shape)
+        _require(self.boxes.shape == (num, 4), "boxes", f"shape ({num}, 4)", self.boxes.shape)
+        for index in range(num):
+            _check_detection(index, int(self.labels[index]), float(self.scores[index]), self.boxes[index])
+        if self.foregrounds is not None:
+            _require(self.foregrounds.dtype == np.bool_, "foregrounds", "dtype bool", self.foregrounds.dtype)
+            shape_ok = self.foregrounds.ndim == 3 and len(self.foregrounds) == num
+            _require(shape_ok, "foregrounds", f"shape ({num}, H, W)", self.foregrounds.shape)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @staticmethod
+    def empty(height: int, width: int) -> Detections:
+        """No detections on an image of `height` x `width` pixels."""
+        return Detections(
+            labels=np.zeros(0, np.int64),
+            scores=np.zeros(0, np.float32),
+            boxes=np.zeros((0, 4), np.float32),
+            foregrounds=np.zeros((0, height, width), np.bool_),
+        )
+
+    def check_image(self, height: int, width: int, num_labels: int) -> None:
+        """Check against the image and class list that these detections belong to.
+
+        Raises:
+            ValueError: If a box leaves the image, a class is not in 1..num_labels-1, or foregrounds have another size.
+        """
+        for index, (x0, y0, x1, y1) in enumerate(self.boxes):
+            inside = x0 >= 0 and y0 >= 0 and x1 <= width and y1 <= height
+            _require(inside, f"boxes[{index}]", f"inside the {width}x{height} image", (x0, y0, x1, y1))
+            label = int(self.labels[index])
+            _require(label < num_labels, f"labels[{index}]", f"a class in 1..{num_labels - 1}", label)
+        if self.foregrounds is not None:
+            size = self.foregrounds.shape[1:]
+            _require(size == (height, width), "foregrounds", f"image size {(height, width)}", size)
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One image with everything known about it.
+
+    Attributes:
+        image_id: Unique in its data set.
+        image: (H, W, 3) uint8 RGB.
+        detections: Detections, with foregrounds once prepared.
+        semantic: (H, W) uint8 class map, 255 void; None without ground truth.
+        instances: (H, W) int32, 0 background, 1..G instances, 255 (8-bit source) recorded as -1 void; None without
+            ground truth.
+        instance_labels: (G,) int64, class of instance g+1; 0 where that id has no pixel.
+        logits: (L, h, w) float16 of an external semantic network at any resolution; None if there is none.
+    """
+
+    image_id: str
+    image: np.ndarray
+    detections: Detections
+    semantic: np.ndarray | None = None
+    instances: np.ndarray | None = None
+    instance_labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    logits: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.image.dtype == np.uint8, "image", "dtype uint8", self.image.dtype)
+        _require(self.image.ndim == 3 and self.image.shape[2] == 3, "image", "shape (H, W, 3)", self.image.shape)
+        size = self.image.shape[:2]
+        for name, array in (("semantic", self.semantic), ("instances", self.instances)):
+            if array is not None:
+                _require(array.shape == size, f"{self.image_id}: {name}", f"the image's size {size}", array.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class InstanceMap:
+    """The instance segmentation of one image: K non-overlapping instances, the output of the whole system.
+
+    Attributes:
+        instances: (H, W) int32, 0 background, k = 1..K.
+        labels: (K,) int64, class of instance k+1.
+        scores: (K,) float32, ranking score (ALGORITHM section 6).
+        detection_indices: (K,) int64, the detection that instance k+1 came from.
+        semantic: (H, W) uint8, the refined semantic segmentation; None where it was not computed.
+    """
+
+    instances: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+    detection_indices: np.ndarray
+    semantic: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def _check_detection(index: int, label: int, score: float, box: np.ndarray) -> None:
+    _require(label >= 1, f"labels[{index}]", "a foreground class, 1 or more (0 is background)", label)
+    _require(0.0 < score <= 1.0, f"scores[{index}]", "a confidence in (0, 1]", score)
+    finite = bool(np.isfinite(box).all())
+    _require(finite and box[0] < box[2] and box[1] < box[3], f"boxes[{index}]", "finite x0 < x1, y0 < y1", box.tolist())
+
+
+def _require(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got}")
