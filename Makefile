@@ -7,7 +7,7 @@ BIN := .venv/bin
 .venv/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "instseg needs Python >= 3.11, got " + sys.version.split()[0] + "; set PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.9.30
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 	VIRTUAL_ENV=.venv $(BIN)/uv pip sync --quiet requirements.lock
 	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --no-deps --editable .
 	touch $@
