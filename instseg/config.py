@@ -60,6 +60,7 @@ class ModelConfig:
     """The network of Figure 2."""
 
     semantic: str = "logits"  # "logits" (precomputed), "fcn8s", or a torchvision segmentation model by name
+    semantic_weights: str | None = None  # "fcn8s": safetensors of VGG-16; torchvision: "default"; unset: random
     semantic_crf: SemanticCrfConfig = field(default_factory=SemanticCrfConfig)
     instance_crf: InstanceCrfConfig = field(default_factory=InstanceCrfConfig)
     background: Literal["rescored", "literal"] = "rescored"  # channel d0 inside boxes, ALGORITHM section 4
