@@ -62,8 +62,8 @@ def build_semantic(name: str, num_labels: int, weights: str | None = None) -> Se
     Args:
         name: "logits" (no network), "fcn8s", or a torchvision segmentation model, e.g. "fcn_resnet50".
         num_labels: L, background included.
-        weights: None initialises at random. For "fcn8s" a safetensors file of VGG-16 weights; for torchvision's
-            models "default", their COCO weights with VOC classes.
+        weights: None initialises at random. "fcn8s" takes a safetensors file of VGG-16 weights; torchvision's
+            models take "default", their COCO weights with VOC classes.
 
     Returns:
         The network, or None for "logits".

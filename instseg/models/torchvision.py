@@ -30,7 +30,7 @@ class TorchvisionSegmentation(nn.Module):
         _check(name, num_labels, weights)
         self.model = _pretrained(name) if weights else _untrained(name, num_labels)
         # The auxiliary loss is not part of ours, and parameters without a gradient break DDP.
-        self.model.register_module("aux_classifier", None)
+        setattr(self.model, "aux_classifier", None)  # noqa: B010
 
     def forward(self, images: Tensor) -> Tensor:
         """Class logits.
