@@ -94,7 +94,7 @@ class PrepareConfig:
 class TrackingConfig:
     """Where MLflow records runs."""
 
-    uri: str | None = None  # default: a SQLite database in the current directory, sqlite:///mlflow.db
+    uri: str | None = None  # default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current directory
     experiment: str = "instseg"
 
 
