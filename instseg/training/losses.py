@@ -1,0 +1,94 @@
+"""The two losses of training: pixels against classes, and against matched ground-truth instances."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from instseg.structures import BACKGROUND, IGNORE_LABEL
+
+_VOID = -1
+
+
+def log_loss(log_q: Tensor, target: Tensor) -> Tensor:
+    """Mean negative log-likelihood of the pixels that are not void; 0 where all of them are.
+
+    Args:
+        log_q: (L, H, W) log-probabilities in nats.
+        target: (H, W) int64 label per pixel, -1 for void.
+
+    Returns:
+        Scalar in nats per pixel. Its graph reaches `log_q` in every case, so that DDP sees every parameter.
+    """
+    num_pixels = (target != _VOID).sum().clamp(min=1)
+    return F.nll_loss(log_q[None], target[None], ignore_index=_VOID, reduction="sum") / num_pixels
+
+
+def semantic_loss(log_q: Tensor, semantic: np.ndarray | None) -> Tensor:
+    """Pixel log-loss of the semantic segmentation (paper section 3.2).
+
+    Args:
+        log_q: (L, H, W) log-marginals of the semantic CRF.
+        semantic: (H, W) uint8 ground truth, 255 void; None counts as void everywhere.
+
+    Returns:
+        Scalar in nats per pixel.
+    """
+    if semantic is None:
+        semantic = np.full(log_q.shape[1:], IGNORE_LABEL)
+    target = np.where(semantic == IGNORE_LABEL, _VOID, semantic.astype(np.int64))
+    return log_loss(log_q, torch.from_numpy(target).to(log_q.device))
+
+
+def instance_loss(
+    log_q: Tensor, labels: np.ndarray, instances: np.ndarray | None, instance_labels: np.ndarray
+) -> Tensor:
+    """Cross-entropy of the instance CRF against the ground truth renamed after its matched detections.
+
+    The matching loss of Arnab & Torr, CVPR 2017, section 3.4; the BMVC paper gives none.
+
+    Args:
+        log_q: (D+1, H, W) log-marginals of the instance CRF; 0 is background.
+        labels: (D,) class of each detection.
+        instances: (H, W) ground truth as in `Sample`; None counts as void everywhere.
+        instance_labels: (G,) class of each ground-truth instance.
+
+    Returns:
+        Scalar in nats per pixel.
+    """
+    if instances is None:
+        instances = np.full(log_q.shape[1:], _VOID)
+    predicted = log_q.detach().argmax(0).cpu().numpy()
+    assigned = match_instances(predicted, labels, instances, instance_labels)
+    names = np.concatenate([[BACKGROUND], assigned + 1, [_VOID]])  # void pixels, -1, read the last entry
+    return log_loss(log_q, torch.from_numpy(names[instances]).to(log_q.device))
+
+
+def match_instances(
+    predicted: np.ndarray, labels: np.ndarray, instances: np.ndarray, instance_labels: np.ndarray
+) -> np.ndarray:
+    """Give each ground-truth instance at most one detection: greatest summed IoU within classes.
+
+    Args:
+        predicted: (H, W) int, 0 background, d+1 for detection d.
+        labels: (D,) class of each detection.
+        instances: (H, W) int, 0 background, g+1 for instance g, -1 void; void pixels do not count.
+        instance_labels: (G,) class of each ground-truth instance.
+
+    Returns:
+        (G,) int64, index of the detection; -1, which makes it background, where none of that class overlaps.
+    """
+    shape = (len(instance_labels) + 1, len(labels) + 1)
+    cells = instances.astype(np.int64) * shape[1] + predicted
+    counts = np.bincount(cells[instances >= 0], minlength=shape[0] * shape[1]).reshape(shape)
+    union = counts.sum(1, keepdims=True) + counts.sum(0, keepdims=True) - counts
+    same_class = instance_labels[:, None] == labels[None, :]
+    iou = (counts / np.maximum(union, 1))[1:, 1:] * same_class
+    rows, columns = linear_sum_assignment(iou, maximize=True)
+    overlaps = iou[rows, columns] > 0
+    assigned = np.full(len(instance_labels), -1, np.int64)
+    assigned[rows[overlaps]] = columns[overlaps]
+    return assigned

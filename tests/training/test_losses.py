@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from instseg.training.losses import instance_loss, log_loss, match_instances, semantic_loss
+
+Scene = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def random_scene(seed: int, size: int = 12) -> Scene:
+    """A prediction and its classes, ground truth with void and its classes."""
+    rng = np.random.default_rng(seed)
+    num_detections, num_truths = rng.integers(0, 5, 2)
+    coarse = rng.integers(0, num_detections + 1, (size // 3, size // 3))
+    predicted = np.kron(coarse, np.ones((3, 3), np.int64))
+    instances = rng.integers(-1, num_truths + 1, (size, size)).astype(np.int32)
+    return predicted, rng.integers(1, 3, num_detections), instances, rng.integers(1, 3, num_truths)
+
+
+def iou(predicted: np.ndarray, d: int, instances: np.ndarray, g: int) -> float:
+    mine, truth, known = predicted == d + 1, instances == g + 1, instances >= 0
+    return float((mine & truth).sum() / max(1, ((mine | truth) & known).sum()))
+
+
+def best_total(scene: Scene) -> float:
+    """Summed IoU of the best assignment, by trying every one."""
+    predicted, labels, instances, truths = scene
+    options = [*range(len(labels)), *[None] * len(truths)]
+    return max(
+        sum(
+            iou(predicted, d, instances, g)
+            for g, d in enumerate(choice)
+            if d is not None and labels[d] == truths[g]
+        )
+        for choice in itertools.permutations(options, len(truths))
+    )
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_matching_is_the_best_of_all_permutations(seed: int) -> None:
+    scene = predicted, labels, instances, truths = random_scene(seed)
+    assigned = match_instances(*scene)
+    pairs = [(g, d) for g, d in enumerate(assigned) if d >= 0]
+    assert len({d for _, d in pairs}) == len(pairs)
+    assert all(labels[d] == truths[g] and iou(predicted, d, instances, g) > 0 for g, d in pairs)
+    assert sum(iou(predicted, d, instances, g) for g, d in pairs) == pytest.approx(best_total(scene))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_numbering_of_the_ground_truth_does_not_matter(seed: int) -> None:
+    _, labels, instances, truths = random_scene(seed)
+    log_q = torch.from_numpy(np.random.default_rng(seed).normal(size=(len(labels) + 1, 12, 12))).log_softmax(
+        0
+    )
+    order = np.random.default_rng(seed + 1).permutation(len(truths))
+    renumbered = np.concatenate([[0], np.argsort(order) + 1, [-1]])[instances]
+    expected = instance_loss(log_q, labels, instances, truths)
+    torch.testing.assert_close(instance_loss(log_q, labels, renumbered, truths[order]), expected)
+
+
+def test_log_loss_is_the_mean_over_the_pixels_that_are_not_void() -> None:
+    log_q = torch.randn(3, 2, 2, dtype=torch.float64).log_softmax(0)
+    semantic = np.array([[2, 255], [0, 1]], np.uint8)
+    expected = -(log_q[2, 0, 0] + log_q[0, 1, 0] + log_q[1, 1, 1]) / 3
+    torch.testing.assert_close(semantic_loss(log_q, semantic), expected)
+
+
+def test_unmatched_ground_truth_is_background_and_void_is_ignored() -> None:
+    log_q = torch.full((2, 1, 4), -1.0)
+    log_q[1, 0, 1] = -0.5  # the one pixel that is predicted to be detection 0
+    instances = np.array([[-1, 1, 2, 0]], np.int32)
+    loss = instance_loss(log_q, np.array([5]), instances, np.array([5, 6]))
+    assert loss.item() == pytest.approx((0.5 + 1.0 + 1.0) / 3)
+
+
+@pytest.mark.parametrize("num_detections", [0, 3])
+@pytest.mark.parametrize("case", ["no ground truth", "all void", "no instances"])
+def test_degenerate_samples_keep_the_graph_and_stay_finite(num_detections: int, case: str) -> None:
+    weight = torch.ones((), requires_grad=True)
+    log_q = (weight * torch.randn(num_detections + 1, 4, 4)).log_softmax(0)
+    fill = {"no ground truth": None, "all void": np.full((4, 4), -1), "no instances": np.zeros((4, 4), int)}[
+        case
+    ]
+    semantic = None if case != "all void" else np.full((4, 4), 255, np.uint8)
+    labels = np.ones(num_detections, np.int64)
+    loss = semantic_loss(log_q, semantic) + instance_loss(log_q, labels, fill, np.zeros(0, np.int64))
+    loss.backward()
+    assert weight.grad is not None
+    assert weight.grad.isfinite()
+    assert loss.item() == 0 or case == "no instances"
+
+
+def test_more_detections_than_the_void_label_of_images() -> None:
+    log_q = torch.zeros(301, 1, 2)
+    log_q[255, 0, 0] = 1
+    loss = instance_loss(log_q, np.ones(300, np.int64), np.array([[1, 0]], np.int32), np.ones(1, np.int64))
+    assert loss.item() == pytest.approx(
+        -0.5
+    )  # the pixel that detection 254 won counts, and is its own target
+
+
+def test_gradients_agree_with_finite_differences() -> None:
+    logits = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([[0, 2, -1], [1, 1, 0]])
+    assert torch.autograd.gradcheck(lambda x: log_loss(x.log_softmax(0), target), (logits,))
