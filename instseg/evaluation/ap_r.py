@@ -1,0 +1,185 @@
+"""AP^r: average precision of regions (Hariharan et al., ECCV 2014; paper section 4).
+
+Images travel as `ImageRecord`s, which hold all that ranking and matching need, so the result does not depend
+on who computed which record in what order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from instseg.config import MatchingRule
+from instseg.evaluation.semantic import confusion_matrix
+from instseg.structures import IGNORE_LABEL, InstanceMap, Sample
+
+THRESHOLDS = tuple(tenth / 10 for tenth in range(1, 10))
+
+
+@dataclass(frozen=True, eq=False)
+class ImageRecord:
+    """What one image contributes to the scores: P predicted instances against G true ones.
+
+    Attributes:
+        image_id: Unique in the data set.
+        labels: (P,) int64, class of each predicted instance, in the order of instance ids.
+        scores: (P,) float64, what predictions are ranked by.
+        iou: (P, G) float64 in 0..1, void pixels removed from the predictions.
+        truth_labels: (G,) int64, class of each true instance that has pixels.
+        confusion_before: (L, L) int64 of the network's semantic segmentation.
+        confusion_after: (L, L) int64 of the one refined by the CRF.
+    """
+
+    image_id: str
+    labels: np.ndarray
+    scores: np.ndarray
+    iou: np.ndarray
+    truth_labels: np.ndarray
+    confusion_before: np.ndarray
+    confusion_after: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class ApR:
+    """AP^r by threshold and class.
+
+    Attributes:
+        values: (T, K) float64, T = len(THRESHOLDS); NaN for a class without ground truth. In 0..1, except
+            that the `authors` rule can exceed 1, because it counts duplicates as correct.
+        num_truths: (K,) int64, ground-truth instances of classes 1..K.
+    """
+
+    values: np.ndarray
+    num_truths: np.ndarray
+
+    @property
+    def volume(self) -> np.ndarray:
+        """(K,) AP^r_vol of each class: the mean over thresholds."""
+        return self.values.mean(axis=0)
+
+    def mean(self, threshold: float) -> float:
+        """Mean over the classes with ground truth at one of THRESHOLDS; NaN if there is no ground truth."""
+        return self._class_mean(self.values[THRESHOLDS.index(threshold)])
+
+    @property
+    def mean_volume(self) -> float:
+        """AP^r_vol, the mean over classes and thresholds."""
+        return self._class_mean(self.volume)
+
+    def _class_mean(self, values: np.ndarray) -> float:
+        present = self.num_truths > 0
+        return float(values[present].mean()) if present.any() else float("nan")
+
+
+def image_record(sample: Sample, predicted: InstanceMap, semantic_before: np.ndarray, num_labels: int) -> ImageRecord:
+    """Compare one image's segmentation with its ground truth.
+
+    Args:
+        sample: Image with `semantic` and `instances`.
+        predicted: Instances and refined semantic segmentation of the image.
+        semantic_before: (H, W) integers, the semantic segmentation before the CRF.
+        num_labels: L.
+
+    Raises:
+        ValueError: If the sample has no ground truth, or the prediction no semantic part or a NaN score.
+    """
+    if sample.semantic is None or sample.instances is None:
+        raise ValueError(f"{sample.image_id}: expected ground truth to evaluate against, got none")
+    if predicted.semantic is None or not np.isfinite(predicted.scores).all():
+        raise ValueError(f"{sample.image_id}: expected a semantic segmentation and finite scores")
+    iou, truth_labels = _instance_iou(sample.instances, sample.instance_labels, sample.semantic, predicted)
+    return ImageRecord(
+        image_id=sample.image_id,
+        labels=predicted.labels.astype(np.int64),
+        scores=predicted.scores.astype(np.float64),
+        iou=iou,
+        truth_labels=truth_labels,
+        confusion_before=confusion_matrix(sample.semantic, semantic_before, num_labels),
+        confusion_after=confusion_matrix(sample.semantic, predicted.semantic, num_labels),
+    )
+
+
+def _instance_iou(
+    truth: np.ndarray, truth_labels: np.ndarray, semantic: np.ndarray, predicted: InstanceMap
+) -> tuple[np.ndarray, np.ndarray]:
+    """(P, G) IoU and (G,) classes of the true instances that have pixels, from one joint histogram."""
+    known = (truth > 0) | ((truth == 0) & (semantic != IGNORE_LABEL))
+    shape = (len(predicted) + 1, len(truth_labels) + 1)
+    joint = np.ravel_multi_index((predicted.instances[known], truth[known]), shape)
+    joint = np.bincount(joint, minlength=shape[0] * shape[1]).reshape(shape)
+    union = joint.sum(1)[:, None] + joint.sum(0)[None, :] - joint
+    iou = (joint / np.maximum(union, 1))[1:, 1:]
+    exists = (joint.sum(0)[1:] > 0) & (truth_labels > 0)
+    return iou[:, exists], truth_labels[exists].astype(np.int64)
+
+
+def ap_r(records: Iterable[ImageRecord], num_labels: int, rule: MatchingRule = "sds") -> ApR:
+    """AP^r of a whole split at every threshold and class.
+
+    Predictions are ranked by score over all images; ties by image id, then by instance id. `sds` gives each
+    prediction the best ground truth of its class that is still free, makes a duplicate a false positive, and
+    takes the area under the monotone precision envelope. `voc07` matches alike and interpolates at 11
+    recalls. `authors` counts every prediction above the threshold as correct and takes the area without an
+    envelope.
+
+    Args:
+        records: One record for each image, in any order.
+        num_labels: L = K + 1.
+        rule: Matching and area.
+
+    Raises:
+        ValueError: If an image occurs twice.
+    """
+    records = sorted(records, key=lambda record: record.image_id)
+    for first, second in pairwise(records):
+        if first.image_id == second.image_id:
+            raise ValueError(f"records: expected each image once, got {first.image_id} twice")
+    classes = [[_of_class(record, label) for record in records] for label in range(1, num_labels)]
+    values = [[_class_ap(images, threshold, rule) for images in classes] for threshold in THRESHOLDS]
+    num_truths = [sum(iou.shape[1] for _, iou in images) for images in classes]
+    return ApR(np.array(values), np.array(num_truths))
+
+
+def _of_class(record: ImageRecord, label: int) -> tuple[np.ndarray, np.ndarray]:
+    mine = record.labels == label
+    return record.scores[mine], record.iou[mine][:, record.truth_labels == label]
+
+
+def _class_ap(images: list[tuple[np.ndarray, np.ndarray]], threshold: float, rule: MatchingRule) -> float:
+    num_truths = sum(iou.shape[1] for _, iou in images)
+    if num_truths == 0:
+        return float("nan")
+    scores = np.concatenate([scores for scores, _ in images])
+    hits = np.concatenate([_hits(scores, iou, threshold, rule) for scores, iou in images])
+    return _area(hits[np.argsort(-scores, kind="stable")], num_truths, rule)
+
+
+def _hits(scores: np.ndarray, iou: np.ndarray, threshold: float, rule: MatchingRule) -> np.ndarray:
+    """Return (P,) bool: which predictions of one image and class are correct."""
+    if rule == "authors":
+        return np.any(iou > threshold, axis=1)
+    hits = np.zeros(len(scores), np.bool_)
+    free = iou.copy()
+    for index in np.argsort(-scores, kind="stable") if iou.shape[1] else ():
+        best = free[index].argmax()
+        if free[index, best] > threshold:
+            hits[index] = True
+            free[:, best] = -1.0
+    return hits
+
+
+def _area(hits: np.ndarray, num_truths: int, rule: MatchingRule) -> float:
+    """Average precision of ranked predictions."""
+    num_hits = np.cumsum(hits)
+    precision = num_hits / np.arange(1, len(hits) + 1)
+    if rule == "authors":
+        return float(precision[hits].sum() / num_truths)
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    if rule == "sds":
+        return float(envelope[hits].sum() / num_truths)
+    # Integers, because a recall of 3/10 is below the float 0.1 * 3.
+    reached = [envelope[10 * num_hits >= tenth * num_truths] for tenth in range(11)]
+    return float(np.mean([rest[0] if len(rest) else 0.0 for rest in reached]))
