@@ -59,6 +59,13 @@ class Detections:
             foregrounds=np.zeros((0, height, width), np.bool_),
         )
 
+    def box_masks(self, height: int, width: int) -> np.ndarray:
+        """(D, height, width) bool, the pixels B_d of each box."""
+        masks = np.zeros((len(self), height, width), np.bool_)
+        for index, box in enumerate(self.boxes):
+            masks[(index, *box_to_slices(box, height, width))] = True
+        return masks
+
     def check_image(self, height: int, width: int, num_labels: int) -> None:
         """Check against the image and class list that these detections belong to.
 
@@ -129,11 +136,23 @@ class InstanceMap:
         return len(self.labels)
 
 
+def box_to_slices(box: np.ndarray, height: int, width: int) -> tuple[slice, slice]:
+    """Rows and columns of the pixels of a box, its corners rounded to the nearest pixel edge; at least one pixel."""
+    x0, y0, x1, y1 = (round(float(value)) for value in box)
+    x0, y0 = min(max(x0, 0), width - 1), min(max(y0, 0), height - 1)
+    return slice(y0, max(min(y1, height), y0 + 1)), slice(x0, max(min(x1, width), x0 + 1))
+
+
 def _check_detection(index: int, label: int, score: float, box: np.ndarray) -> None:
     _require(label >= 1, f"labels[{index}]", "a foreground class, 1 or more (0 is background)", label)
     _require(0.0 < score <= 1.0, f"scores[{index}]", "a confidence in (0, 1]", score)
     finite = bool(np.isfinite(box).all())
-    _require(finite and box[0] < box[2] and box[1] < box[3], f"boxes[{index}]", "finite x0 < x1, y0 < y1", box.tolist())
+    _require(
+        finite and box[0] < box[2] and box[1] < box[3],
+        f"boxes[{index}]",
+        "finite x0 < x1, y0 < y1",
+        box.tolist(),
+    )
 
 
 def _require(condition: bool, name: str, expected: str, got: object) -> None:

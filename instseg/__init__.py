@@ -1,0 +1,29 @@
+"""Instance segmentation from semantic segmentation and detections (Arnab & Torr, BMVC 2016).
+
+The model, paper symbol by module:
+
+    U(x_i)                semantic logits                  models/semantic.py, models/network.py
+    psi_P(x_i, x_j)       dense pairwise term              crf/pairwise.py, crf/lattice.py
+    psi_d(x_d, y_d), Y_d  detection potential, validity    crf/detection.py
+    F_d                   GrabCut foreground               data/foreground.py
+    Q, Pr(Y)              mean-field marginals             crf/mean_field.py
+    Pr(v_i = k)           identification, Eq. 4            crf/identify.py
+    E(v)                  instance CRF, Eq. 5              crf/instance.py
+    Figure 2              all of it as one module          models/network.py
+    AP^r                  evaluation                       evaluation/ap_r.py
+"""
+
+from instseg.config import ModelConfig
+from instseg.crf import DenseCRF
+from instseg.models.network import InstanceNetwork, segment_instances
+from instseg.structures import Detections, InstanceMap, Sample
+
+__all__ = [
+    "DenseCRF",
+    "Detections",
+    "InstanceMap",
+    "InstanceNetwork",
+    "ModelConfig",
+    "Sample",
+    "segment_instances",
+]

@@ -1,0 +1,113 @@
+"""The dense CRF and its higher-order extension as modules with learnable, class-specific weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from instseg.config import KernelConfig, SemanticCrfConfig
+from instseg.crf.detection import DetectionPotential
+from instseg.crf.mean_field import MeanFieldState, mean_field
+from instseg.crf.pairwise import Kernel, build_kernels, pairwise_message, potts
+
+Array = TypeVar("Array", np.ndarray, Tensor)
+
+
+class DenseCRF(nn.Module):
+    """Fully connected CRF of Kraehenbuehl & Koltun (2011), trainable as in CRF-as-RNN; usable alone.
+
+    Example:
+        >>> crf = DenseCRF(num_labels=21)
+        >>> q = crf(image, unary)  # (H, W, 3) uint8 and (L, H, W) energies, NumPy or torch -> (L, H, W) marginals
+
+    Args:
+        num_labels: L.
+        kernels: Thetas and normalisation.
+        spatial_weight: Initial w_s of every class.
+        bilateral_weight: Initial w_b of every class.
+        num_iterations: T.
+    """
+
+    def __init__(
+        self,
+        num_labels: int,
+        kernels: KernelConfig | None = None,
+        spatial_weight: float = 3.0,
+        bilateral_weight: float = 5.0,
+        num_iterations: int = 10,
+    ) -> None:
+        super().__init__()
+        self.kernel_config = kernels or KernelConfig()
+        self.num_iterations = num_iterations
+        self.spatial_weight = nn.Parameter(torch.full((num_labels,), spatial_weight))
+        self.bilateral_weight = nn.Parameter(torch.full((num_labels,), bilateral_weight))
+        self.compatibility = nn.Parameter(potts(num_labels))
+
+    def pairwise(self, q: Tensor, kernels: Sequence[Kernel]) -> Tensor:
+        """The pairwise message (N, L) of marginals `q` (N, L)."""
+        return pairwise_message(q, kernels, (self.spatial_weight, self.bilateral_weight), self.compatibility)
+
+    def forward(self, image: Array, unary: Array) -> Array:
+        """Marginals (L, H, W) of an image (H, W, 3), RGB 0..255, with unary energies (L, H, W) in nats.
+
+        NumPy in gives NumPy out (and no gradient); torch in gives torch out, differentiable in `unary` and weights.
+
+        Raises:
+            ValueError: If the shapes do not fit each other or the number of labels, or the unary is not finite.
+        """
+        if isinstance(unary, np.ndarray):
+            with torch.no_grad():
+                return self._infer(torch.from_numpy(np.asarray(image)), torch.from_numpy(unary)).numpy()
+        return self._infer(torch.as_tensor(image), unary)
+
+    def _infer(self, image: Tensor, unary: Tensor) -> Tensor:
+        expected = (len(self.spatial_weight), *image.shape[:2])
+        if tuple(unary.shape) != expected:
+            raise ValueError(f"unary: expected shape (L, H, W) = {expected}, got {tuple(unary.shape)}")
+        if not torch.isfinite(unary).all():
+            raise ValueError("unary: expected finite energies, got NaN or infinity")
+        dtype = self.spatial_weight.dtype
+        kernels = build_kernels(image.to(dtype), self.kernel_config)
+        flat = unary.to(dtype).flatten(1).T.contiguous()
+        log_q = mean_field(flat, lambda q: self.pairwise(q, kernels), None, self.num_iterations).log_q
+        return log_q.exp().T.reshape(unary.shape)
+
+
+class HigherOrderCRF(nn.Module):
+    """The semantic CRF of paper 3.2: a dense CRF plus detection potentials with latent validity.
+
+    Args:
+        num_labels: L.
+        config: Kernels, initial weights, form of the detection potential, T.
+    """
+
+    def __init__(self, num_labels: int, config: SemanticCrfConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dense = DenseCRF(
+            num_labels, config.kernels, config.spatial_weight, config.bilateral_weight, config.num_iterations
+        )
+        self.detection_weight_x = nn.Parameter(torch.full((num_labels,), config.detection_weight_x))
+        self.detection_weight_y = nn.Parameter(torch.full((num_labels,), config.detection_weight_y))
+
+    def potential(self, labels: Tensor, scores: Tensor, foregrounds: Tensor) -> DetectionPotential:
+        """The detection potentials of one image: (D,) int64, (D,) float, (D, N) float 0/1."""
+        return DetectionPotential(
+            labels,
+            scores,
+            foregrounds,
+            self.detection_weight_x,
+            self.detection_weight_y,
+            self.config.detection_form,
+            self.config.validity_unary,
+        )
+
+    def forward(
+        self, logits: Tensor, kernels: Sequence[Kernel], detections: DetectionPotential | None
+    ) -> MeanFieldState:
+        """Q and Pr(Y) from the semantic network's `logits` (N, L)."""
+        return mean_field(-logits, lambda q: self.dense.pairwise(q, kernels), detections, self.config.num_iterations)

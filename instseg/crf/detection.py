@@ -1,0 +1,78 @@
+"""The detection potential with its latent validity Y_d (paper 3.2, Eq. 2-3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+MAX_SCORE = 1.0 - 1e-4  # a score of 1 would make Y_d certain for ever
+
+
+@dataclass(frozen=True)
+class DetectionPotential:
+    """psi_d of Eq. 2 for the D detections of one image, and the unary of Y_d.
+
+    With S_d = sum over F_d of Q_i(l_d):  E[psi_d] = kappa_d [q0 S_d + q1 (|F_d| - S_d)], kappa_d = w s_d / |F_d|.
+    `tied` uses that kappa_d in both updates; `decoupled` moves pixels with w_x s_d and Y with w_y s_d / |F_d|.
+
+    Attributes:
+        labels: (D,) int64 classes l_d.
+        scores: (D,) float detector scores s_d in (0, 1].
+        foregrounds: (D, N) float 0/1, the pixels F_d; an empty row takes no part in the CRF.
+        weight_x: (L,) class-specific weight of the pixel update.
+        weight_y: (L,) class-specific weight of the Y update; in the `tied` form the one weight of both.
+        form: Which of the two forms.
+        unary: `logit`: logit q1 starts at logit(s); `linear`: at 2s - 1.
+    """
+
+    labels: Tensor
+    scores: Tensor
+    foregrounds: Tensor
+    weight_x: Tensor
+    weight_y: Tensor
+    form: Literal["decoupled", "tied"] = "decoupled"
+    unary: Literal["logit", "linear"] = "logit"
+
+    @property
+    def initial_validity(self) -> Tensor:
+        """(D,) q1 = Q(Y_d = 1) before the first iteration: the detector's score."""
+        return self.scores.clamp(max=MAX_SCORE)
+
+    @property
+    def unary_logit(self) -> Tensor:
+        """(D,) psi_U(0) - psi_U(1): the evidence for Y_d = 1 from the detector alone."""
+        return initial_logit(self.scores, self.unary)
+
+    def pixel_message(self, validity: Tensor) -> Tensor:
+        """(N, L) energy that detections add to each pixel's labels, given `validity` (D,); overlaps add up.
+
+        Up to a constant in l this is kappa_d q0 for l_d and kappa_d q1 for every other label.
+        """
+        push = self._kappa(self.weight_y) if self.form == "tied" else self.weight_x[self.labels] * self.scores
+        energy = push * (1.0 - 2.0 * validity)
+        per_label = torch.zeros(len(energy), len(self.weight_x), dtype=energy.dtype, device=energy.device)
+        per_label = per_label.scatter(1, self.labels[:, None], energy[:, None])
+        return self.foregrounds.T @ per_label
+
+    def validity_logit(self, q: Tensor) -> Tensor:
+        """(D,) logit Q(Y_d = 1) given marginals `q` (N, L): unary plus agreement of F_d with l_d."""
+        agreement = (self.foregrounds @ q).gather(1, self.labels[:, None])[:, 0]
+        return self.unary_logit + self._kappa(self.weight_y) * (2.0 * agreement - self.foregrounds.sum(1))
+
+    def expected_energy(self, q: Tensor, validity: Tensor) -> Tensor:
+        """E_Q of Eq. 2 summed over detections, `tied` form: the free energy's higher-order term."""
+        agreement = (self.foregrounds @ q).gather(1, self.labels[:, None])[:, 0]
+        disagreement = self.foregrounds.sum(1) - agreement
+        return (self._kappa(self.weight_y) * ((1.0 - validity) * agreement + validity * disagreement)).sum()
+
+    def _kappa(self, weight: Tensor) -> Tensor:
+        return weight[self.labels] * self.scores / self.foregrounds.sum(1).clamp(min=1.0)
+
+
+def initial_logit(scores: Tensor, unary: Literal["logit", "linear"]) -> Tensor:
+    """(D,) logit of Y_d from its unary potential alone."""
+    scores = scores.clamp(max=MAX_SCORE)
+    return torch.logit(scores) if unary == "logit" else 2.0 * scores - 1.0

@@ -1,0 +1,67 @@
+"""Instance identification (paper 3.3, Eq. 4): from class marginals and validities to instance probabilities."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-8  # a probability of 0 would be an infinite unary of the instance CRF
+
+
+def identify(
+    q: Tensor,
+    validity: Tensor,
+    labels: Tensor,
+    boxes: Tensor,
+    background: Literal["rescored", "literal"] = "rescored",
+) -> Tensor:
+    """Log Pr(v_i = k) for the D detections and the background channel d0.
+
+    Pr(v_i = k) is proportional to Q_i(l_k) Pr(Y_k = 1) inside box k and 0 outside. Pixels outside all boxes are
+    background. Inside boxes `literal` gives d0 nothing, as Eq. 4 is written; `rescored` gives it
+    Q_i(0) max_k Pr(Y_k = 1) over the boxes k that cover i, so that background pixels inside a box can stay background.
+
+    Args:
+        q: (N, L) class marginals.
+        validity: (D,) Pr(Y_k = 1).
+        labels: (D,) int64 classes.
+        boxes: (D, N) bool, the pixels B_k of each box.
+        background: Which form of d0.
+
+    Returns:
+        (N, D+1) log probabilities, channel 0 the background.
+    """
+    inside = boxes.T.to(q.dtype)
+    instances = q[:, labels] * validity * inside
+    outside = (~boxes.any(0)).to(q.dtype)
+    if background == "rescored" and len(labels):
+        floor = q[:, 0] * (inside * validity).amax(1)
+    else:
+        floor = torch.zeros_like(outside)
+    weights = torch.cat([(outside + floor)[:, None], instances], dim=1)
+    total = weights.sum(1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
+    return torch.log(weights / total + EPSILON)
+
+
+def assign_naively(classes: Tensor, scores: Tensor, labels: Tensor, boxes: Tensor) -> Tensor:
+    """The naive assignment of paper 3.3: a pixel joins a detection that covers it and has its class.
+
+    Where several do, which the paper leaves open, the one with the highest score takes it.
+
+    Args:
+        classes: (N,) int64 class of each pixel.
+        scores: (D,) detection scores.
+        labels: (D,) int64 classes.
+        boxes: (D, N) bool.
+
+    Returns:
+        (N,) int64, 0 background, k = detection k-1.
+    """
+    candidate = boxes & (classes == labels[:, None])
+    ranked = torch.argsort(scores, descending=True, stable=True)
+    if len(ranked) == 0:
+        return torch.zeros_like(classes)
+    best = candidate[ranked].int().argmax(0)
+    return torch.where(candidate.any(0), ranked[best] + 1, 0)
