@@ -1,0 +1,1 @@
+"""Readers of data sets and of other systems' outputs, and the prepared data directory."""

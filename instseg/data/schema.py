@@ -1,0 +1,138 @@
+"""One Parquet row per image: encoded bytes and run lengths, for any Parquet reader."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from instseg.data.voc import VOID, decode_image
+from instseg.structures import Detections, Sample
+
+FORMAT_VERSION = 1  # raise it whenever the same inputs would give other bytes
+
+_RLE = pa.struct([pa.field("size", pa.list_(pa.int32(), 2)), pa.field("counts", pa.binary())])
+_DETECTION = pa.struct(
+    [
+        pa.field("label", pa.int16()),
+        pa.field("score", pa.float32()),
+        pa.field("box", pa.list_(pa.float32(), 4)),  # xyxy pixels, half-open
+        pa.field("foreground", _RLE),
+        pa.field("foreground_source", pa.string()),  # "grabcut" or "box"
+    ]
+)
+_LOGITS = pa.struct([pa.field("shape", pa.list_(pa.int32(), 3)), pa.field("data", pa.binary())])
+SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),  # the original file
+        pa.field("semantic", pa.binary()),  # PNG, 255 void
+        pa.field("instances", pa.binary()),  # PNG, 8 bits with 255 void or 16 bits with 65535 void
+        pa.field("instance_labels", pa.list_(pa.int16()), nullable=False),
+        pa.field("detections", pa.list_(_DETECTION), nullable=False),
+        pa.field("semantic_logits", _LOGITS),  # float16, little-endian, C order
+    ]
+)
+
+
+def encode_row(sample: Sample, image_file: bytes, foreground_sources: list[str], source: str) -> dict[str, Any]:
+    """A row of `SCHEMA` from a sample whose detections have foregrounds.
+
+    Args:
+        sample: The sample; its `image` is the decoded `image_file`.
+        image_file: The original JPEG or PNG bytes.
+        foreground_sources: D times "grabcut" or "box".
+        source: The data set that the image comes from, such as "voc".
+    """
+    height, width = sample.image.shape[:2]
+    return {
+        "image_id": sample.image_id,
+        "source": source,
+        "height": height,
+        "width": width,
+        "image": image_file,
+        "semantic": None if sample.semantic is None else _encode_png(sample.semantic),
+        "instances": None if sample.instances is None else encode_instances(sample.instances),
+        "instance_labels": sample.instance_labels.tolist(),
+        "detections": _encode_detections(sample.detections, foreground_sources),
+        "semantic_logits": None if sample.logits is None else _encode_logits(sample.logits),
+    }
+
+
+def decode_row(row: dict[str, Any]) -> Sample:
+    """The sample of a row; the inverse of `encode_row`."""
+    semantic, instances, logits = row["semantic"], row["instances"], row["semantic_logits"]
+    return Sample(
+        image_id=row["image_id"],
+        image=np.array(decode_image(row["image"]).convert("RGB")),
+        detections=_decode_detections(row["detections"], row["height"], row["width"]),
+        semantic=None if semantic is None else np.array(decode_image(semantic)),
+        instances=None if instances is None else decode_instances(instances),
+        instance_labels=np.array(row["instance_labels"], np.int64),
+        logits=None if logits is None else np.frombuffer(logits["data"], "<f2").reshape(logits["shape"]).copy(),
+    )
+
+
+def encode_instances(instances: np.ndarray) -> bytes:
+    """PNG of an (H, W) int32 instance map with -1 void: 8 bits where every id is below 255, else 16 bits.
+
+    Raises:
+        ValueError: If an id is below -1 or above 65534.
+    """
+    low, high = int(instances.min(initial=0)), int(instances.max(initial=0))
+    if low < VOID or high >= np.iinfo(np.uint16).max:
+        raise ValueError(f"instances: expected ids in -1..65534, got {low}..{high}")
+    dtype = np.uint8 if high < np.iinfo(np.uint8).max else np.uint16
+    return _encode_png(np.where(instances == VOID, np.iinfo(dtype).max, instances).astype(dtype))
+
+
+def decode_instances(content: bytes) -> np.ndarray:
+    """The (H, W) int32 instance map, -1 void; the inverse of `encode_instances`."""
+    stored = np.array(decode_image(content))
+    void = np.iinfo(np.uint8 if stored.dtype == np.uint8 else np.uint16).max
+    return np.where(stored == void, VOID, stored.astype(np.int32)).astype(np.int32)
+
+
+def _encode_png(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _encode_detections(detections: Detections, sources: list[str]) -> list[dict[str, Any]]:
+    foregrounds = detections.foregrounds
+    if foregrounds is None or len(sources) != len(detections):
+        raise ValueError("detections: expected foregrounds and one source for each before a row is written")
+    return [
+        {
+            "label": int(detections.labels[index]),
+            "score": float(detections.scores[index]),
+            "box": detections.boxes[index].tolist(),
+            "foreground": coco_mask.encode(np.asfortranarray(foregrounds[index], np.uint8)),
+            "foreground_source": sources[index],
+        }
+        for index in range(len(detections))
+    ]
+
+
+def _decode_detections(entries: list[dict[str, Any]], height: int, width: int) -> Detections:
+    foregrounds = np.zeros((len(entries), height, width), np.bool_)
+    for index, entry in enumerate(entries):
+        foregrounds[index] = coco_mask.decode(entry["foreground"])
+    return Detections(
+        labels=np.array([entry["label"] for entry in entries], np.int64),
+        scores=np.array([entry["score"] for entry in entries], np.float32),
+        boxes=np.array([entry["box"] for entry in entries], np.float32).reshape(-1, 4),
+        foregrounds=foregrounds,
+    )
+
+
+def _encode_logits(logits: np.ndarray) -> dict[str, Any]:
+    return {"shape": list(logits.shape), "data": np.ascontiguousarray(logits, "<f2").tobytes()}

@@ -1,0 +1,198 @@
+"""Reader of the PASCAL VOC devkit layout: JPEGImages, SegmentationClass, SegmentationObject, ImageSets."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from instseg.data.quarantine import CorruptItemError
+from instseg.structures import BACKGROUND, IGNORE_LABEL
+
+BACKGROUND_NAME = "background"
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+VOID = -1
+
+
+@dataclass(frozen=True)
+class VocDevkit:
+    """One VOCyyyy folder. `open_devkit` finds it."""
+
+    root: Path
+
+    def image_ids(self, split: str) -> list[str]:
+        """The ids of a split, sorted.
+
+        Raises:
+            FileNotFoundError: If there is no such split; the message lists those that exist.
+            ValueError: If the split is empty, repeats an id, or has an id that is no plain file name.
+        """
+        folder = self.root / "ImageSets" / "Segmentation"
+        path = folder / f"{split}.txt"
+        if not path.is_file():
+            found = ", ".join(sorted(file.stem for file in folder.glob("*.txt"))) or "none"
+            raise FileNotFoundError(f"split {split!r}: no file {path}; splits that exist: {found}")
+        ids = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+        repeated = [image_id for image_id, count in Counter(ids).items() if count > 1]
+        strange = [image_id for image_id in ids if not re.fullmatch(r"[\w.\-]+", image_id)]
+        if not ids or repeated or strange:
+            problem = f"repeats {repeated[:3]}" if repeated else f"has ids {strange[:3]}" if ids else "is empty"
+            raise ValueError(f"{path}: expected one image id a line, each once; it {problem}")
+        return sorted(ids)
+
+    def known_ids(self) -> set[str]:
+        """The ids of every image in the devkit, whatever its split."""
+        return {path.stem for path in self._path("JPEGImages").glob("*.jpg")}
+
+    def has_ground_truth(self, image_ids: list[str]) -> bool:
+        """Whether any of these images has a mask; if one has, all are expected to."""
+        return any(path.is_file() for image_id in image_ids for path in self._files(image_id)[1:])
+
+    def input_sizes(self, image_id: str) -> list[int]:
+        """Bytes of the image and of its two masks, -1 where absent: tells cheaply whether inputs changed."""
+        return [path.stat().st_size if path.is_file() else -1 for path in self._files(image_id)]
+
+    def read_image(self, image_id: str) -> tuple[bytes, np.ndarray]:
+        """The file's bytes and its (H, W, 3) uint8 RGB pixels.
+
+        Raises:
+            CorruptItemError: If the file is missing, damaged, or neither JPEG nor PNG.
+        """
+        content, image = self._open(image_id, self._files(image_id)[0])
+        return content, np.asarray(image.convert("RGB"))
+
+    def read_masks(
+        self, image_id: str, size: tuple[int, int], num_labels: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ground truth of an image of `size` (height, width).
+
+        Returns:
+            semantic (H, W) uint8, 255 void; instances (H, W) int32, 0 background, 1..G, -1 void; instance_labels (G,)
+            int64, the class under each instance (0 where the id has no pixel).
+
+        Raises:
+            CorruptItemError: If a mask is missing, damaged, of another size, or has a class that does not exist.
+        """
+        _, class_path, object_path = self._files(image_id)
+        semantic = self._read_palette(image_id, class_path, size)
+        classes = np.unique(semantic)
+        unknown = [int(c) for c in classes if num_labels <= c != IGNORE_LABEL]
+        if unknown:
+            reason = f"expected classes 0..{num_labels - 1} and 255, got {unknown}"
+            raise CorruptItemError(image_id, self._name(class_path), reason)
+        instances = self._read_palette(image_id, object_path, size).astype(np.int32)
+        instances[instances == IGNORE_LABEL] = VOID
+        try:
+            return semantic, instances, instance_classes(semantic, instances)
+        except ValueError as error:
+            raise CorruptItemError(image_id, self._name(object_path), error) from None
+
+    def _read_palette(self, image_id: str, path: Path, size: tuple[int, int]) -> np.ndarray:
+        _, image = self._open(image_id, path)
+        if image.mode not in ("P", "L"):  # RGB would turn palette indices into colours
+            raise CorruptItemError(image_id, self._name(path), f"expected an indexed PNG, got mode {image.mode}")
+        if image.size[::-1] != size:
+            reason = f"expected the image's {size[1]}x{size[0]} pixels, got {image.size[0]}x{image.size[1]}"
+            raise CorruptItemError(image_id, self._name(path), reason)
+        return np.array(image)
+
+    def _open(self, image_id: str, path: Path) -> tuple[bytes, Image.Image]:
+        try:
+            content = path.read_bytes()
+            return content, decode_image(content)
+        except FileNotFoundError:
+            raise CorruptItemError(image_id, self._name(path), "file is missing") from None
+        except (OSError, ValueError) as error:
+            reason = str(error).replace(str(path), "")
+            raise CorruptItemError(image_id, self._name(path), reason) from None
+
+    def _files(self, image_id: str) -> tuple[Path, Path, Path]:
+        """Image, class mask, object mask."""
+        return (
+            self._path("JPEGImages", f"{image_id}.jpg"),
+            self._path("SegmentationClass", f"{image_id}.png"),
+            self._path("SegmentationObject", f"{image_id}.png"),
+        )
+
+    def _path(self, *parts: str) -> Path:
+        return self.root.joinpath(*parts)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+
+def open_devkit(path: str) -> VocDevkit:
+    """The devkit at `path`, which is VOC2012 itself or a folder with exactly one VOCyyyy.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If there are several to choose from.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise FileNotFoundError(f"devkit {path}: no such folder")
+    if (root / "JPEGImages").is_dir():
+        return VocDevkit(_complete(root))
+    found = sorted(folder for folder in root.glob("VOC*") if folder.is_dir())
+    if len(found) > 1:
+        raise ValueError(f"devkit {path}: name one of {', '.join(str(folder) for folder in found)}")
+    if not found:
+        raise FileNotFoundError(f"devkit {path}: expected JPEGImages/ or one VOCyyyy/ in it, found neither")
+    return VocDevkit(_complete(found[0]))
+
+
+def _complete(root: Path) -> Path:
+    for name in ("JPEGImages", "ImageSets/Segmentation"):
+        if not (root / name).is_dir():
+            raise FileNotFoundError(f"devkit {root}: expected the folder {name}/ in it, which is missing")
+    return root
+
+
+def decode_image(content: bytes) -> Image.Image:
+    """Decode JPEG or PNG bytes, nothing else, in the file's own mode.
+
+    Raises:
+        ValueError: If the content is damaged, of another format, or a decompression bomb.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
+            image.load()
+            return image
+    except Image.UnidentifiedImageError:
+        raise ValueError("neither a JPEG nor a PNG file") from None
+    except (OSError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(f"damaged image: {error}") from None
+
+
+def instance_classes(semantic: np.ndarray, instances: np.ndarray) -> np.ndarray:
+    """The class under each instance: the most frequent one among its pixels that are not void.
+
+    Args:
+        semantic: (H, W) uint8, 255 void.
+        instances: (H, W) int32, 0 background, 1..G, -1 void.
+
+    Returns:
+        (G,) int64, 0 where an id has no pixel.
+
+    Raises:
+        ValueError: If an instance lies on background or void alone.
+    """
+    labels = np.zeros(max(int(instances.max(initial=0)), 0), np.int64)
+    for instance in np.unique(instances[instances > 0]):
+        classes = semantic[instances == instance]
+        classes = classes[(classes != IGNORE_LABEL) & (classes != BACKGROUND)]
+        if not classes.size:
+            raise ValueError(f"instance {instance} has no class: only background or void lies under it")
+        labels[instance - 1] = np.bincount(classes).argmax()
+    return labels
