@@ -119,7 +119,7 @@ def read_logits(folder: str, image_id: str, num_labels: int) -> np.ndarray:
     path = Path(folder) / f"{image_id}.npz"
     name = f"{Path(folder).name}/{path.name}"
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return _check_logits(arrays["logits"], num_labels)
     except FileNotFoundError:
         raise CorruptItemError(image_id, name, "file is missing") from None

@@ -25,7 +25,8 @@ _DETECTION = pa.struct(
         pa.field("foreground_source", pa.string()),  # "grabcut" or "box"
     ]
 )
-_LOGITS = pa.struct([pa.field("shape", pa.list_(pa.int32(), 3)), pa.field("data", pa.binary())])
+# Not a list of fixed size: pyarrow 25 cannot read those back from Parquet where the struct around them is null.
+_LOGITS = pa.struct([pa.field("shape", pa.list_(pa.int32())), pa.field("data", pa.binary())])
 SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from instseg.data.quarantine import CorruptItemError
+from instseg.data.voc import VOC_CLASSES, VocDevkit, decode_image, instance_classes, open_devkit
+
+
+@pytest.mark.real_data
+def test_real_images_and_masks_are_what_pillow_reads(shared_data: Path) -> None:
+    devkit = open_devkit(str(shared_data / "VOCdevkit"))
+    for image_id in devkit.image_ids("val")[::12]:
+        _, image = devkit.read_image(image_id)
+        semantic, instances, labels = devkit.read_masks(image_id, image.shape[:2], len(VOC_CLASSES) + 1)
+
+        def read(folder: str, suffix: str, image_id: str = image_id) -> np.ndarray:
+            with Image.open(devkit.root / folder / f"{image_id}{suffix}") as file:
+                return np.array(file)
+
+        np.testing.assert_array_equal(image, read("JPEGImages", ".jpg"))
+        np.testing.assert_array_equal(semantic, read("SegmentationClass", ".png"))
+        objects = read("SegmentationObject", ".png")
+        np.testing.assert_array_equal(instances == -1, objects == 255)
+        np.testing.assert_array_equal(instances[instances != -1], objects[objects != 255])
+        for instance in np.unique(objects[(objects > 0) & (objects < 255)]):
+            classes, counts = np.unique(semantic[objects == instance], return_counts=True)
+            assert labels[instance - 1] == classes[counts.argmax()]
+
+
+def test_opens_the_folder_itself_or_the_one_below(devkit: Path, tmp_path: Path) -> None:
+    assert open_devkit(str(devkit)).root == devkit
+    shutil.copytree(devkit, tmp_path / "VOC2012")
+    assert open_devkit(str(tmp_path)).root == tmp_path / "VOC2012"
+    (tmp_path / "VOC2007").mkdir()
+    with pytest.raises(ValueError, match=r"name one of .*VOC2007, .*VOC2012"):
+        open_devkit(str(tmp_path))
+
+
+def test_names_what_is_missing(devkit: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        open_devkit(str(tmp_path / "absent"))
+    with pytest.raises(FileNotFoundError, match="JPEGImages"):
+        open_devkit(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="splits that exist: train, val"):
+        VocDevkit(devkit).image_ids("test")
+
+
+@pytest.mark.parametrize("text", ["", "a\nb\na\n", "../secret\n"])
+def test_refuses_a_strange_split(devkit: Path, tmp_path: Path, text: str) -> None:
+    shutil.copytree(devkit, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "ImageSets/Segmentation/odd.txt").write_text(text)
+    with pytest.raises(ValueError, match=r"odd\.txt: expected one image id a line"):
+        VocDevkit(tmp_path).image_ids("odd")
+
+
+def test_images_without_masks_are_test_images(devkit: Path, tmp_path: Path) -> None:
+    shutil.copytree(devkit, tmp_path, dirs_exist_ok=True)
+    copy = VocDevkit(tmp_path)
+    ids = copy.image_ids("val")
+    assert copy.has_ground_truth(ids)
+    for folder in ("SegmentationClass", "SegmentationObject"):
+        shutil.rmtree(tmp_path / folder)
+    assert not copy.has_ground_truth(ids)
+
+
+def _png(mode: str, size: tuple[int, int], value: int | tuple[int, ...]) -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size, value).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "file is missing"),
+        (b"", "neither a JPEG nor a PNG"),
+        (b"GIF89a", "neither a JPEG nor a PNG"),
+        (_png("L", (96, 64), 1)[:-30], "damaged image"),
+        (_png("RGB", (96, 64), (128, 0, 0)), "expected an indexed PNG, got mode RGB"),
+        (_png("L", (95, 64), 1), "expected the image's 96x64 pixels, got 95x64"),
+        (_png("L", (96, 64), 6), r"expected classes 0\.\.5 and 255, got \[6\]"),
+    ],
+)
+def test_a_bad_mask_is_named(devkit: Path, tmp_path: Path, content: bytes | None, reason: str) -> None:
+    shutil.copytree(devkit, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "SegmentationClass/scene_00001.png"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CorruptItemError, match=reason) as caught:
+        VocDevkit(tmp_path).read_masks("scene_00001", (64, 96), 6)
+    assert (caught.value.row.image_id, caught.value.row.file) == ("scene_00001", "SegmentationClass/scene_00001.png")
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_decompression_bombs_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for side in (12, 20):  # Pillow warns of the first and refuses the second
+        with pytest.raises(ValueError, match="bomb"):
+            decode_image(_png("L", (side, side), 0))
+
+
+def test_class_of_an_instance_ignores_void_and_background() -> None:
+    semantic = np.array([[255, 255, 255, 4, 0, 0], [0, 0, 0, 7, 7, 2]], np.uint8)
+    instances = np.array([[1, 1, 1, 1, 0, -1], [0, 3, 3, 3, 3, 3]], np.int32)
+    assert instance_classes(semantic, instances).tolist() == [4, 0, 7]
+    with pytest.raises(ValueError, match="instance 1 has no class"):
+        instance_classes(np.full((1, 2), 255, np.uint8), np.ones((1, 2), np.int32))
