@@ -126,15 +126,23 @@ class EvaluateConfig:
 
     data: str
     out: str  # report directory
-    checkpoint: str | None = None  # checkpoint or run directory; default: the hand-set parameters of `model`
+    # Checkpoint or run directory; default: the hand-set parameters of `model`. With one, `model` is what it was
+    # trained with, changed where the options given differ from their defaults.
+    checkpoint: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     num_actors: int | None = None  # default: one per CPU
     num_figures: int = 6  # rows of the figure-3 panel
 
     def __post_init__(self) -> None:
+        _non_negative("num_figures", self.num_figures)
         if self.num_actors is not None:
             _positive("num_actors", self.num_actors)
+
+
+@dataclass(frozen=True)
+class AblateConfig(EvaluateConfig):
+    """workflows/ablate.py: the rows of the paper's Table 1, and two below them; `model.ablation` is not used."""
 
 
 def _positive(name: str, value: float) -> None:

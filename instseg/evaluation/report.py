@@ -1,0 +1,200 @@
+"""The scores of a split: text tables, CSV and JSON. AP^r and IoU are given in percent."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from instseg.config import Ablation, MatchingRule
+from instseg.evaluation.ap_r import THRESHOLDS, ApR, ImageRecord, ap_r
+from instseg.evaluation.semantic import label_iou, mean_iou
+
+RULES: tuple[MatchingRule, ...] = get_args(MatchingRule)
+TABLE_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)  # the columns of the paper's tables
+ROW_TITLES: dict[Ablation, str] = {
+    "naive": "naive assignment (3.3)",
+    "no_crf": "identification, no CRFs",
+    "no_detection_potentials": "1 no detection potentials",
+    "validity_ignored": "2 validity Y ignored",
+    "full": "3 full",
+}
+# VOC 2012 val (1449 images): AP^r at .5 to .9, AP^r_vol (Tables 1 and 2), mean IoU (4.2); NaN was not reported.
+PAPER: dict[Ablation, tuple[float, ...]] = {
+    "no_detection_potentials": (54.6, 48.5, 41.8, np.nan, np.nan, 50.0, 73.4),
+    "validity_ignored": (57.5, 51.6, 44.5, np.nan, np.nan, 52.4, 75.3),
+    "full": (58.3, 52.4, 45.4, 34.9, 20.1, 53.1, 75.3),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The scores of one network on one split.
+
+    Attributes:
+        classes: L names, [0] is "background".
+        num_images: Images evaluated.
+        ap_r: AP^r under each matching rule.
+        confusion_before: (L, L) int64, semantic segmentation before the CRF.
+        confusion_after: (L, L) int64, after it.
+    """
+
+    classes: tuple[str, ...]
+    num_images: int
+    ap_r: dict[MatchingRule, ApR]
+    confusion_before: np.ndarray
+    confusion_after: np.ndarray
+
+    @staticmethod
+    def of(records: Sequence[ImageRecord], classes: tuple[str, ...]) -> Evaluation:
+        """Score the records of all images of a split."""
+        num_labels = len(classes)
+        return Evaluation(
+            classes=classes,
+            num_images=len(records),
+            ap_r={rule: ap_r(records, num_labels, rule) for rule in RULES},
+            confusion_before=np.sum([record.confusion_before for record in records], axis=0),
+            confusion_after=np.sum([record.confusion_after for record in records], axis=0),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Percentages by name; the default rule, `sds`, has no prefix."""
+        values = {}
+        for rule, scores in self.ap_r.items():
+            prefix = "" if rule == "sds" else f"{rule}/"
+            values |= {f"{prefix}ap_r_{t}": 100 * scores.mean(t) for t in THRESHOLDS}
+            values[f"{prefix}ap_r_vol"] = 100 * scores.mean_volume
+        values["mean_iou_before"] = 100 * mean_iou(self.confusion_before)
+        values["mean_iou_after"] = 100 * mean_iou(self.confusion_after)
+        return values
+
+    def row(self, rule: MatchingRule = "sds") -> list[float]:
+        """Percentages at the thresholds of the paper's tables, then the volume."""
+        scores = self.ap_r[rule]
+        return [100 * value for value in (*map(scores.mean, TABLE_THRESHOLDS), scores.mean_volume)]
+
+
+def summary(evaluation: Evaluation) -> str:
+    """The table that the terminal shows."""
+    metrics = evaluation.metrics()
+    header = ["AP^r [%]", *(f"{t:.1f}".lstrip("0") for t in TABLE_THRESHOLDS), "vol"]
+    rows = [[rule, *(f"{value:.1f}" for value in evaluation.row(rule))] for rule in RULES]
+    lines = [f"{evaluation.num_images} images", "", *align([header, *rows]), ""]
+    lines.append(f"mean IoU [%]  {metrics['mean_iou_before']:.1f} -> {metrics['mean_iou_after']:.1f} (CRF)")
+    num_truths = evaluation.ap_r["sds"].num_truths
+    absent = [name for name, num in zip(evaluation.classes[1:], num_truths, strict=True) if not num]
+    if absent:
+        lines.append(f"without ground truth, left out of the mean AP^r: {', '.join(absent)}")
+    return "\n".join(lines)
+
+
+def per_class(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """One row of percentages for each class, background included; NaN where a number does not exist."""
+    iou_before, iou_after = label_iou(evaluation.confusion_before), label_iou(evaluation.confusion_after)
+    rows = []
+    for label, name in enumerate(evaluation.classes):
+        row: dict[str, Any] = {"class": name, "num_instances": ""}
+        if label > 0:
+            scores = evaluation.ap_r["sds"]
+            row["num_instances"] = int(scores.num_truths[label - 1])
+            row |= {f"ap_r_{t}": 100 * scores.values[index, label - 1] for index, t in enumerate(THRESHOLDS)}
+            row |= {f"{rule}/ap_r_vol": 100 * evaluation.ap_r[rule].volume[label - 1] for rule in RULES}
+        rows.append(row | {"iou_before": 100 * iou_before[label], "iou_after": 100 * iou_after[label]})
+    return rows
+
+
+def _cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+    columns = list(rows[-1])
+    return [columns, *([_text(row.get(column, "")) for column in columns] for row in rows)]
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return "" if np.isnan(value) else f"{value:.1f}"
+    return str(value)
+
+
+def ablation_tables(rows: dict[Ablation, Evaluation]) -> tuple[str, str]:
+    """Our rows of Table 1 beside the paper's, as aligned text and as Markdown."""
+    num_images = next(iter(rows.values())).num_images
+    columns = [*(f"{t:.1f}".lstrip("0") for t in TABLE_THRESHOLDS), "vol", "mIoU"]
+    header = [f"AP^r [%] (sds), {num_images} images", *columns, *(f"paper {column}" for column in columns)]
+    table = []
+    for name, evaluation in rows.items():
+        ours = [*evaluation.row(), 100 * mean_iou(evaluation.confusion_after)]
+        paper = PAPER.get(name, (np.nan,) * len(columns))
+        table.append([ROW_TITLES[name], *(_text(value) or "–" for value in (*ours, *paper))])
+    rule = ["-", *(["-:"] * (len(header) - 1))]
+    markdown = [f"| {' | '.join(row)} |" for row in [header, rule, *table]]
+    return "\n".join(align([header, *table])), "\n".join(markdown) + "\n"
+
+
+def align(table: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, the first column left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in table
+    ]
+
+
+def write_report(evaluation: Evaluation, out: Path, circumstances: dict[str, Any]) -> list[Path]:
+    """Write results.json, per_class.csv and report.txt into `out`; their paths."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = per_class(evaluation)
+    table = _cells(rows)
+    results = {
+        "unit": "percent",
+        "num_images": evaluation.num_images,
+        "metrics": evaluation.metrics(),
+        "per_class": rows,
+        **circumstances,
+    }
+    write_json(out / "results.json", results)
+    with (out / "per_class.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(table)
+    text = "\n".join([summary(evaluation), "", *align(table)])
+    (out / "report.txt").write_text(text + "\n")
+    return [out / name for name in ("results.json", "per_class.csv", "report.txt")]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write strict JSON: NaN becomes null."""
+    path.write_text(json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
+
+
+def circumstances(config: dict[str, Any]) -> dict[str, Any]:
+    """What a reader needs to judge or repeat the numbers: commit, versions, machine, configuration."""
+    packages = ("numpy", "torch", "ray", "mlflow")
+    return {
+        "commit": commit(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "machine": platform.platform(),
+        "config": config,
+    }
+
+
+def commit() -> str | None:
+    """The checked-out commit, "-dirty" if files differ; None where the code is not in a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not np.isfinite(content) else content

@@ -1,0 +1,211 @@
+"""Pictures of segmentations: rows in the manner of the paper's Figure 3, and overlays of single images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from scipy import ndimage
+
+from instseg.structures import IGNORE_LABEL, InstanceMap, Sample
+
+COLUMNS = ("Input and detections", "Semantic segmentation", "Instance segmentation", "Ground truth")
+# Far apart in hue and lightness, and readable under white text with a dark edge.
+_CODES = (
+    *("#e6194b", "#2f7fe0", "#3cb44b", "#f5a300", "#9b4de0", "#12b5b5", "#f0642a", "#e83fc4", "#8fc31f", "#4a55c8"),
+    *("#00897b", "#b3672b", "#ff7f9f", "#6fa8ff", "#b59f00", "#a3134a", "#5fd38d", "#c99bff", "#2b6a8f", "#ff9a76"),
+)
+PALETTE = np.array([to_rgb(code) for code in _CODES])
+PALE = 0.92  # void
+OPACITY = 0.62
+TOUCHING_PIXELS = 4  # instances this close must differ in colour
+MIN_SHOWN_SCORE = 0.3  # of a detection that became no instance
+COLUMN_INCHES = 3.0
+
+
+def save_panel(
+    path: str | os.PathLike[str],
+    samples: Sequence[Sample],
+    predicted: Sequence[InstanceMap],
+    classes: Sequence[str],
+) -> None:
+    """Draw one row for each image: input with boxes, semantic segmentation, instances, ground truth.
+
+    A box and its instance share a colour, which is that of the true instance covered most; a dashed box became no
+    instance. Void is pale. A single sample makes a one-row picture.
+
+    Args:
+        path: PNG to write.
+        samples: At least one image; its last cell stays empty where there is no ground truth.
+        predicted: Instance map of each sample, with `semantic`.
+        classes: Class names, [0] is "background".
+    """
+    ratios = [sample.image.shape[0] / sample.image.shape[1] for sample in samples]
+    width, height = COLUMN_INCHES * len(COLUMNS), COLUMN_INCHES * sum(ratios) + 0.25
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)  # pyright: ignore
+    cells = figure.subplots(len(samples), len(COLUMNS), squeeze=False, height_ratios=ratios)
+    for row, sample, instance_map in zip(cells, samples, predicted, strict=True):
+        _draw_row(row, sample, instance_map, classes)
+    for axes, title in zip(cells[0], COLUMNS, strict=True):
+        axes.set_title(title, fontsize=10, pad=4)
+    _save(figure, path)
+
+
+def save_overlay(
+    path: str | os.PathLike[str], image: np.ndarray, instance_map: InstanceMap, classes: Sequence[str]
+) -> None:
+    """Draw the instances over the image, with class and score, as a PNG of the image's size.
+
+    Args:
+        path: PNG to write.
+        image: (H, W, 3) uint8 RGB.
+        instance_map: Its instances.
+        classes: Class names, [0] is "background".
+    """
+    height, width = image.shape[:2]
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    colours = PALETTE[choose_colours(instance_map.instances, len(instance_map))]
+    covered = (instance_map.instances > 0)[..., None]
+    _show(axes, np.where(covered, blend(image, instance_map.instances, colours), image / 255))
+    _name_instances(axes, instance_map, classes)
+    _save(figure, path)
+
+
+def blend(image: np.ndarray, ids: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Tint the regions of an image and outline them; what is in no region loses its colour.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        ids: (H, W) integers, 0 nothing, k = 1..K regions, -1 void.
+        colours: (K+1, 3) float in 0..1; row 0 is not used.
+
+    Returns:
+        (H, W, 3) float64 in 0..1.
+    """
+    grey = np.repeat(image.mean(axis=2, keepdims=True) / 255, 3, axis=2)
+    region, void = (ids > 0)[..., None], (ids < 0)[..., None]
+    tint = colours[np.maximum(ids, 0)]
+    picture = np.where(region, (1 - OPACITY) * (0.25 + 0.75 * grey) + OPACITY * tint, 0.45 + 0.5 * grey)
+    picture = np.where(void, PALE, picture)
+    return np.where(_outline(ids)[..., None], 0.55 * tint, picture)
+
+
+def choose_colours(instances: np.ndarray, num: int, wanted: np.ndarray | None = None) -> np.ndarray:
+    """Choose a colour for each instance; touching instances differ, and all do while the palette lasts.
+
+    Args:
+        instances: (H, W) integers, 0 nothing, 1..num instances.
+        num: K.
+        wanted: (K+1,) int64 index into PALETTE that an instance gets in any case, -1 for none.
+
+    Returns:
+        (K+1,) int64 index into PALETTE; row 0 has no meaning.
+    """
+    chosen = np.full(num + 1, -1) if wanted is None else wanted.copy()
+    for instance in np.flatnonzero(np.append(0, chosen[1:]) < 0).tolist():
+        grown = ndimage.binary_dilation(instances == instance, iterations=TOUCHING_PIXELS)
+        touching = chosen[np.maximum(instances[np.asarray(grown, np.bool_)], 0)]
+        uses = np.bincount(chosen[chosen >= 0], minlength=len(PALETTE))
+        chosen[instance] = (uses + num * np.isin(np.arange(len(PALETTE)), touching)).argmin()
+    return chosen
+
+
+def _draw_row(row: Sequence[Axes], sample: Sample, predicted: InstanceMap, classes: Sequence[str]) -> None:
+    semantic, truth = predicted.semantic, sample.instances
+    wanted = None
+    if truth is not None:
+        colours_of_truth = choose_colours(truth, len(sample.instance_labels))
+        wanted = _like_truth(predicted, truth, colours_of_truth)
+        void = (truth == 0) & (sample.semantic == IGNORE_LABEL)
+        _show(row[3], blend(sample.image, np.where(void, -1, truth), PALETTE[colours_of_truth]))
+    colours = PALETTE[choose_colours(predicted.instances, len(predicted), wanted)]
+    _show(row[0], sample.image / 255)
+    _draw_boxes(row[0], sample, predicted, colours, classes)
+    if semantic is not None:
+        class_colours = PALETTE[np.arange(-1, len(classes) - 1) % len(PALETTE)]
+        _show(row[1], blend(sample.image, semantic.astype(np.int64), class_colours))
+        for label in map(int, np.unique(semantic[semantic > 0])):
+            _write(row[1], semantic == label, classes[label])
+    _show(row[2], blend(sample.image, predicted.instances, colours))
+    _name_instances(row[2], predicted, classes)
+    for axes in row:
+        axes.set_axis_off()
+
+
+def _like_truth(predicted: InstanceMap, truth: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """(K+1,) colour of the true instance, for the prediction that covers most of it; -1 for the others."""
+    shape = (len(predicted) + 1, len(colours))
+    covered = np.bincount(
+        np.ravel_multi_index((predicted.instances, truth.clip(min=0)), shape).ravel(),
+        minlength=shape[0] * shape[1],
+    ).reshape(shape)
+    wanted = np.full(shape[0], -1)
+    for instance in range(1, shape[0]):
+        best = covered[instance, 1:].argmax() + 1 if shape[1] > 1 else 0
+        if best and covered[instance, best] and covered[1:, best].argmax() + 1 == instance:
+            wanted[instance] = colours[best]
+    return wanted
+
+
+def _draw_boxes(
+    axes: Axes, sample: Sample, predicted: InstanceMap, colours: np.ndarray, classes: Sequence[str]
+) -> None:
+    detections = sample.detections
+    instance_of = {int(d): k for k, d in enumerate(predicted.detection_indices, 1)}
+    for index in map(int, np.argsort(detections.scores)):
+        instance, score = instance_of.get(index), detections.scores[index]
+        if instance is None and score < MIN_SHOWN_SCORE:
+            continue
+        x0, y0, x1, y1 = detections.boxes[index]
+        colour = "white" if instance is None else colours[instance]
+        line = ":" if instance is None else "-"
+        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, lw=1.4, ls=line))
+        text = f"{classes[detections.labels[index]]} {score:.2f}"
+        box = {"facecolor": colour if instance else "0.35", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
+        axes.text(x0 + 3, y0 + 3, text, size=5.5, color="white", va="top", bbox=box, clip_on=True, in_layout=False)
+
+
+def _name_instances(axes: Axes, predicted: InstanceMap, classes: Sequence[str]) -> None:
+    for instance in range(1, len(predicted) + 1):
+        label, score = predicted.labels[instance - 1], predicted.scores[instance - 1]
+        _write(axes, predicted.instances == instance, f"{classes[label]}\n{score:.2f}")
+
+
+def _write(axes: Axes, mask: np.ndarray, text: str) -> None:
+    """Put text where the region is widest; regions too small for it stay without."""
+    depth = np.asarray(ndimage.distance_transform_edt(np.pad(mask, 1)))[1:-1, 1:-1]
+    if depth.max() < 0.03 * max(mask.shape):
+        return
+    y, x = divmod(int(depth.argmax()), mask.shape[1])
+    side = "left" if x < 0.1 * mask.shape[1] else "right" if x > 0.9 * mask.shape[1] else "center"
+    shown = axes.text(x, y, text, size=6.5, color="white", ha=side, va="center", linespacing=0.9)
+    shown.set(path_effects=[withStroke(linewidth=1.6, foreground="0.15")], in_layout=False)
+
+
+def _outline(ids: np.ndarray) -> np.ndarray:
+    """(H, W) bool: pixels of a region beside another region or none."""
+    border = np.zeros(ids.shape, np.bool_)
+    border[1:] |= ids[1:] != ids[:-1]
+    border[:, 1:] |= ids[:, 1:] != ids[:, :-1]
+    border[:-1] |= ids[1:] != ids[:-1]
+    border[:, :-1] |= ids[:, 1:] != ids[:, :-1]
+    return border & (ids > 0)
+
+
+def _show(axes: Axes, picture: np.ndarray) -> None:
+    axes.imshow(picture, interpolation="antialiased")
+    axes.set_axis_off()
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
