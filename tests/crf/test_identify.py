@@ -1,0 +1,69 @@
+"""Eq. 4 against a pixel-by-pixel transcription, and its invariants."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from instseg.crf.identify import EPSILON, assign_naively, identify
+
+
+@pytest.fixture
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(12, 4, generator=generator, dtype=torch.float64).softmax(1)
+    validity = torch.tensor([0.9, 0.2, 0.6], dtype=torch.float64)
+    boxes = torch.rand(3, 12, generator=generator) < 0.5
+    boxes[:, 0] = False
+    boxes[:, 1] = True
+    return q, validity, torch.tensor([1, 1, 3]), boxes
+
+
+def transcription(q, validity, labels, boxes, background):
+    expected = torch.zeros(len(q), len(labels) + 1, dtype=torch.float64)
+    for i in range(len(q)):
+        covering = [k for k in range(len(labels)) if boxes[k, i]]
+        if not covering:
+            expected[i, 0] = 1.0
+            continue
+        for k in covering:
+            expected[i, k + 1] = q[i, labels[k]] * validity[k]
+        if background == "rescored":
+            expected[i, 0] = q[i, 0] * max(validity[k] for k in covering)
+        expected[i] /= expected[i].sum()
+    return torch.log(expected + EPSILON)
+
+
+@pytest.mark.parametrize("background", ["rescored", "literal"])
+def test_equals_the_equation(inputs, background):
+    expected = transcription(*inputs, background)
+    torch.testing.assert_close(identify(*inputs, background), expected, rtol=0, atol=1e-12)
+
+
+def test_detection_order_permutes_the_channels(inputs):
+    q, validity, labels, boxes = inputs
+    order = torch.tensor([2, 0, 1])
+    permuted = identify(q, validity[order], labels[order], boxes[order])
+    torch.testing.assert_close(permuted[:, 1:], identify(*inputs)[:, 1:][:, order])
+    torch.testing.assert_close(permuted[:, 0], identify(*inputs)[:, 0])
+
+
+def test_gradcheck_into_q_and_validity(inputs):
+    q, validity, labels, boxes = inputs
+    assert torch.autograd.gradcheck(
+        lambda q, v: identify(q, v, labels, boxes), (q.clone().requires_grad_(), validity.clone().requires_grad_())
+    )
+
+
+def test_no_detections_is_all_background():
+    q = torch.rand(5, 3).softmax(1).requires_grad_()
+    result = identify(q, torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 5, dtype=torch.bool))
+    assert result.shape == (5, 1)
+    torch.testing.assert_close(result, torch.zeros(5, 1))
+
+
+def test_naive_assignment_gives_overlaps_to_the_highest_score():
+    classes = torch.tensor([0, 1, 1, 2, 1])
+    boxes = torch.tensor([[1, 1, 1, 1, 0], [0, 0, 1, 1, 0]], dtype=torch.bool)
+    assigned = assign_naively(classes, torch.tensor([0.3, 0.8]), torch.tensor([1, 1]), boxes)
+    assert assigned.tolist() == [0, 1, 2, 0, 0]

@@ -1,0 +1,156 @@
+"""Figure 2 as one module: ablations, empty detections, gradients, the one-laptop API."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from instseg import Detections, InstanceNetwork, ModelConfig, Sample, segment_instances
+from instseg.config import InstanceCrfConfig, SemanticCrfConfig
+
+HEIGHT, WIDTH = 24, 32
+
+
+def detections_of(*rows, foregrounds=True):
+    """Rows of (label, score, box)."""
+    found = Detections(
+        np.array([r[0] for r in rows], np.int64),
+        np.array([r[1] for r in rows], np.float32),
+        np.array([r[2] for r in rows], np.float32).reshape(-1, 4),
+    )
+    return replace(found, foregrounds=found.box_masks(HEIGHT, WIDTH)) if foregrounds else found
+
+
+def two_squares(detections=None) -> Sample:
+    """Two bright squares of class 1 on a dark background; logits that know the class only roughly."""
+    image = np.full((HEIGHT, WIDTH, 3), 30, np.uint8)
+    logits = np.zeros((3, HEIGHT, WIDTH), np.float16)
+    logits[0] = 1.0
+    for x in (3, 19):
+        image[6:18, x : x + 10] = (220, 160, 40) if x == 3 else (60, 140, 230)
+        logits[1, 6:18, x : x + 10] = 2.5
+    if detections is None:
+        detections = detections_of((1, 0.9, (3, 6, 13, 18)), (1, 0.6, (19, 6, 29, 18)), (2, 0.3, (3, 6, 29, 18)))
+    return Sample("two-squares", image, detections, logits=logits)
+
+
+def network(**changes) -> InstanceNetwork:
+    return InstanceNetwork(ModelConfig(**changes), num_labels=3)
+
+
+def test_finds_both_instances_and_lowers_the_false_positive():
+    sample, model = two_squares(), network()
+    output = model(sample)
+    found = model.instance_map(output, sample)
+    assert found.labels.tolist() == [1, 1]
+    assert found.detection_indices.tolist() == [0, 1]
+    for index, x in enumerate((3, 19)):
+        truth = np.zeros((HEIGHT, WIDTH), bool)
+        truth[6:18, x : x + 10] = True
+        mask = found.instances == index + 1
+        assert (mask & truth).sum() / (mask | truth).sum() > 0.95
+    assert output.validity[0] > 0.9
+    assert output.validity[1] > 0.6
+    assert output.validity[2] < 0.3
+
+
+def test_marginals_are_distributions():
+    output = network()(two_squares())
+    assert output.log_q.shape == (3, HEIGHT, WIDTH)
+    assert output.instance_log_q.shape == (4, HEIGHT, WIDTH)
+    for log_q in (output.log_q, output.instance_log_q):
+        torch.testing.assert_close(log_q.exp().sum(0), torch.ones(HEIGHT, WIDTH))
+
+
+def test_detection_order_permutes_the_instances():
+    rows = [(1, 0.9, (3, 6, 13, 18)), (1, 0.6, (19, 6, 29, 18)), (2, 0.3, (3, 6, 29, 18))]
+    order = [2, 0, 1]
+    model = network()
+    direct, permuted = model(two_squares()), model(two_squares(detections_of(*[rows[k] for k in order])))
+    torch.testing.assert_close(permuted.validity, direct.validity[order])
+    torch.testing.assert_close(permuted.instance_log_q[1:], direct.instance_log_q[1:][order], atol=1e-4, rtol=1e-4)
+
+
+def test_no_detections_is_background_and_keeps_the_graph():
+    sample, model = two_squares(Detections.empty(HEIGHT, WIDTH)), network()
+    output = model(sample)
+    found = model.instance_map(output, sample)
+    assert len(found) == 0
+    assert not found.instances.any()
+    (output.log_q.sum() + output.instance_log_q.sum() + output.validity.sum()).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_failed_foreground_stays_a_candidate_with_its_own_score():
+    sample = two_squares()
+    foregrounds = sample.detections.foregrounds.copy()  # pyright: ignore[reportOptionalMemberAccess]
+    foregrounds[1] = False
+    sample = replace(sample, detections=replace(sample.detections, foregrounds=foregrounds))
+    model = network()
+    output = model(sample)
+    torch.testing.assert_close(output.validity[1], torch.tensor(0.6))
+    assert 1 in model.instance_map(output, sample).detection_indices
+
+
+def test_instance_loss_gradient_reaches_validity_weights():
+    model = network()
+    output = model(two_squares())
+    output.instance_log_q[1, 8, 8].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+    assert model.semantic_crf.detection_weight_y.grad[1] != 0  # pyright: ignore[reportOptionalSubscript]
+
+
+@pytest.mark.parametrize("ablation", ["no_crf", "no_detection_potentials", "validity_ignored"])
+def test_ablations_rank_by_the_detector(ablation):
+    sample, model = two_squares(), network(ablation=ablation)
+    torch.testing.assert_close(model(sample).validity, torch.tensor([0.9, 0.6, 0.3]))
+
+
+def test_ablations_are_what_they_say():
+    sample = two_squares()
+    outputs = {a: network(ablation=a)(sample) for a in ("no_crf", "no_detection_potentials", "validity_ignored", "full")}
+    torch.testing.assert_close(outputs["no_crf"].log_q, outputs["no_crf"].semantic_logits.log_softmax(0))
+    torch.testing.assert_close(outputs["validity_ignored"].log_q, outputs["full"].log_q)
+    assert not torch.allclose(outputs["no_detection_potentials"].log_q, outputs["full"].log_q)
+    still = ModelConfig(semantic_crf=SemanticCrfConfig(num_iterations=0), instance_crf=InstanceCrfConfig(num_iterations=0))
+    torch.testing.assert_close(InstanceNetwork(still, 3)(sample).instance_log_q, outputs["no_crf"].instance_log_q)
+
+
+def test_naive_assignment_cannot_share_a_box():
+    rows = [(1, 0.9, (3, 6, 29, 18)), (1, 0.6, (19, 6, 29, 18))]
+    sample, model = two_squares(detections_of(*rows)), network(ablation="naive")
+    assert model.instance_map(model(sample), sample).detection_indices.tolist() == [0]
+
+
+def test_mask_score_is_the_mean_marginal():
+    sample, model = two_squares(), network(score="mask")
+    output = model(sample)
+    found = model.instance_map(output, sample)
+    mask = torch.from_numpy(found.instances == 1)
+    torch.testing.assert_close(found.scores[0], output.log_q[1].exp()[mask].mean().item(), rtol=1e-5, atol=0)
+
+
+def test_segment_instances_from_probabilities_with_grabcut():
+    sample = two_squares(detections_of((1, 0.9, (3, 6, 13, 18)), (1, 0.6, (19, 6, 29, 18)), foregrounds=False))
+    probabilities = torch.from_numpy(sample.logits).float().softmax(0).numpy()
+    found = segment_instances(sample.image, probabilities, sample.detections)
+    assert found.labels.tolist() == [1, 1]
+    with pytest.raises(ValueError, match="semantic_probabilities: expected finite"):
+        segment_instances(sample.image, probabilities * np.nan, sample.detections)
+    with pytest.raises(ValueError, match=r"labels\[0\]: expected a class in 1..1, got 2"):
+        segment_instances(sample.image, probabilities[:2], detections_of((2, 0.9, (3, 6, 13, 18))))
+    with pytest.raises(ValueError, match=r"boxes\[0\]: expected inside the 32x24 image"):
+        segment_instances(sample.image, probabilities, detections_of((1, 0.9, (3, 6, 99, 18)), foregrounds=False))
+
+
+def test_missing_or_wrong_logits_name_the_image():
+    sample = two_squares()
+    with pytest.raises(ValueError, match="two-squares: the sample has no logits"):
+        network()(replace(sample, logits=None))
+    with pytest.raises(ValueError, match="two-squares: logits: expected 3 classes, got 2"):
+        network()(replace(sample, logits=sample.logits[:2]))
