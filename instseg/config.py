@@ -107,17 +107,22 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     num_epochs: int = 4
-    num_workers: int = 2
+    num_workers: int = 2  # the batch: each takes one image a step, on a GPU of its own where there are enough
+    cpus_per_worker: int = 1
     learning_rate_crf: float = 0.05  # Adam, CRF parameters
     learning_rate_network: float = 1e-5  # semantic network, where it is trained
+    learning_rate_schedule: Literal["cosine", "constant"] = "cosine"  # cosine falls to 0 at the last step
     semantic_loss_weight: float = 1.0
     instance_loss_weight: float = 1.0
     seed: int = 0
-    max_failures: int = 2  # worker failures after which the run gives up
+    max_failures: int = 2  # worker failures that a run survives, each from its latest checkpoint
+    keep_checkpoints: int = 3  # the latest ones; with FCN-8s each takes 1.6 GB
 
     def __post_init__(self) -> None:
-        _positive("num_workers", self.num_workers)
-        _positive("num_epochs", self.num_epochs)
+        for name in ("num_workers", "cpus_per_worker", "num_epochs", "keep_checkpoints"):
+            _positive(name, getattr(self, name))
+        for name in ("learning_rate_crf", "learning_rate_network", "max_failures"):
+            _non_negative(name, getattr(self, name))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ def log_loss(log_q: Tensor, target: Tensor) -> Tensor:
         Scalar in nats per pixel. Its graph reaches `log_q` in every case, so that DDP sees every parameter.
     """
     num_pixels = (target != _VOID).sum().clamp(min=1)
-    return F.nll_loss(log_q[None], target[None], ignore_index=_VOID, reduction="sum") / num_pixels
+    rows = log_q.flatten(1).T.contiguous()  # the CRFs' own layout, so that nothing is copied
+    return F.nll_loss(rows, target.flatten(), ignore_index=_VOID, reduction="sum") / num_pixels
 
 
 def semantic_loss(log_q: Tensor, semantic: np.ndarray | None) -> Tensor:

@@ -101,7 +101,9 @@ def test_imagenet_weights_load_in_half_precision(network: FCN8s, shared_data: Pa
     path = shared_data / "weights" / "vgg16_imagenet_features_fp16.safetensors"
     network.load_imagenet_weights(path)
     stored = load_file(path)
-    torch.testing.assert_close(network.features.get_parameter("28.weight").detach(), stored["features.28.weight"].float())
+    torch.testing.assert_close(
+        network.features.get_parameter("28.weight").detach(), stored["features.28.weight"].float()
+    )
 
 
 def test_unsuitable_weights_are_named(network: FCN8s, tmp_path: Path) -> None:

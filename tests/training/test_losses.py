@@ -31,11 +31,7 @@ def best_total(scene: Scene) -> float:
     predicted, labels, instances, truths = scene
     options = [*range(len(labels)), *[None] * len(truths)]
     return max(
-        sum(
-            iou(predicted, d, instances, g)
-            for g, d in enumerate(choice)
-            if d is not None and labels[d] == truths[g]
-        )
+        sum(iou(predicted, d, instances, g) for g, d in enumerate(choice) if d is not None and labels[d] == truths[g])
         for choice in itertools.permutations(options, len(truths))
     )
 
@@ -53,9 +49,7 @@ def test_matching_is_the_best_of_all_permutations(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(10))
 def test_numbering_of_the_ground_truth_does_not_matter(seed: int) -> None:
     _, labels, instances, truths = random_scene(seed)
-    log_q = torch.from_numpy(np.random.default_rng(seed).normal(size=(len(labels) + 1, 12, 12))).log_softmax(
-        0
-    )
+    log_q = torch.from_numpy(np.random.default_rng(seed).normal(size=(len(labels) + 1, 12, 12))).log_softmax(0)
     order = np.random.default_rng(seed + 1).permutation(len(truths))
     renumbered = np.concatenate([[0], np.argsort(order) + 1, [-1]])[instances]
     expected = instance_loss(log_q, labels, instances, truths)
@@ -82,9 +76,7 @@ def test_unmatched_ground_truth_is_background_and_void_is_ignored() -> None:
 def test_degenerate_samples_keep_the_graph_and_stay_finite(num_detections: int, case: str) -> None:
     weight = torch.ones((), requires_grad=True)
     log_q = (weight * torch.randn(num_detections + 1, 4, 4)).log_softmax(0)
-    fill = {"no ground truth": None, "all void": np.full((4, 4), -1), "no instances": np.zeros((4, 4), int)}[
-        case
-    ]
+    fill = {"no ground truth": None, "all void": np.full((4, 4), -1), "no instances": np.zeros((4, 4), int)}[case]
     semantic = None if case != "all void" else np.full((4, 4), 255, np.uint8)
     labels = np.ones(num_detections, np.int64)
     loss = semantic_loss(log_q, semantic) + instance_loss(log_q, labels, fill, np.zeros(0, np.int64))
@@ -98,12 +90,12 @@ def test_more_detections_than_the_void_label_of_images() -> None:
     log_q = torch.zeros(301, 1, 2)
     log_q[255, 0, 0] = 1
     loss = instance_loss(log_q, np.ones(300, np.int64), np.array([[1, 0]], np.int32), np.ones(1, np.int64))
-    assert loss.item() == pytest.approx(
-        -0.5
-    )  # the pixel that detection 254 won counts, and is its own target
+    assert loss.item() == pytest.approx(-0.5)  # the pixel that detection 254 won counts, and is its own target
 
 
 def test_gradients_agree_with_finite_differences() -> None:
     logits = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([[0, 2, -1], [1, 1, 0]])
     assert torch.autograd.gradcheck(lambda x: log_loss(x.log_softmax(0), target), (logits,))
+    transposed = logits.detach().permute(1, 2, 0).contiguous().requires_grad_()  # as the CRFs give it
+    assert torch.autograd.gradcheck(lambda x: log_loss(x.log_softmax(2).permute(2, 0, 1), target), (transposed,))

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from instseg.data.schema import FORMAT_VERSION, SCHEMA, encode_row
+from instseg.structures import Detections, Sample
+
+NUM_LABELS, HEIGHT, WIDTH = 4, 24, 32
+NUM_IMAGES = 7  # odd, so that two workers cannot share them evenly
+
+
+def make_sample(index: int) -> Sample:
+    """Two squares on a background; every third image has no detection, the last one is void everywhere."""
+    rng = np.random.default_rng(index)
+    instances = np.zeros((HEIGHT, WIDTH), np.int32)
+    instances[4:14, 3:13] = 1
+    instances[8:20, 16:28] = 2
+    labels = rng.integers(1, NUM_LABELS, 2)
+    semantic = np.concatenate([[0], labels]).astype(np.uint8)[instances]
+    logits = 2.0 * np.eye(NUM_LABELS)[semantic].transpose(2, 0, 1) + rng.normal(size=(NUM_LABELS, HEIGHT, WIDTH))
+    boxes = np.array([[2, 4, 14, 15], [15, 7, 28, 21]], np.float32)
+    detections = Detections(labels, np.array([0.9, 0.6], np.float32), boxes, instances == np.array([[[1]], [[2]]]))
+    if index % 3 == 0:
+        detections = Detections.empty(HEIGHT, WIDTH)
+    if index == NUM_IMAGES - 1:
+        semantic, instances = np.full_like(semantic, 255), np.full_like(instances, -1)
+    return Sample(
+        image_id=f"image_{index}",
+        image=np.clip(80 * semantic[..., None] + rng.integers(0, 60, (HEIGHT, WIDTH, 3)), 0, 255).astype(np.uint8),
+        detections=detections,
+        semantic=semantic,
+        instances=instances,
+        instance_labels=labels,
+        logits=logits.astype(np.float16),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data directory of a few tiny images, as prepare writes it."""
+    root = tmp_path_factory.mktemp("data")
+    samples = [make_sample(index) for index in range(NUM_IMAGES)]
+    rows = []
+    for sample in samples:
+        png = encode_png(sample.image)
+        rows.append(encode_row(sample, png, ["grabcut"] * len(sample.detections), "test"))
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), root / "shard.parquet", row_group_size=1)
+    shard = {
+        "file": "shard.parquet",
+        "num_rows": NUM_IMAGES,
+        "image_ids": [sample.image_id for sample in samples],
+    }
+    classes = ["background", "square", "circle", "cross"]
+    manifest = {"classes": classes, "shards": [shard], "versions": {"format": FORMAT_VERSION}}
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    return root
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load_file
+
+from instseg.config import ModelConfig, TrackingConfig, TrainConfig
+from instseg.data.schema import SCHEMA
+from instseg.training.checkpoint import epoch_folder, find_checkpoint, load_network
+from instseg.training.run import train
+
+pytestmark = pytest.mark.ray
+
+
+def make_config(data: Path, run: Path) -> TrainConfig:
+    tracking = TrackingConfig(uri=f"sqlite:///{run.parent / 'mlflow.db'}")
+    return TrainConfig(data=str(data), out=str(run), num_epochs=3, tracking=tracking)
+
+
+def tensors_of(run: Path) -> dict[str, bytes]:
+    folder = find_checkpoint(run).folder
+    return {name: (folder / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster: None, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """An uninterrupted run of three epochs."""
+    config = make_config(tiny_data, tmp_path_factory.mktemp("runs") / "finished")
+    train(config)
+    return config
+
+
+def test_training_lowers_the_losses_and_leaves_a_network(finished: TrainConfig) -> None:
+    run = Path(finished.out)
+    first, last = (load_file(epoch_folder(run, epoch) / "model.safetensors") for epoch in (1, 3))
+    unchanged = [name for name in first if first[name].equal(last[name])]
+    assert not unchanged
+    losses = [float(line.split("semantic loss ")[1].split(",")[0]) for line in epochs_in_log(run)]
+    assert losses == sorted(losses, reverse=True)
+    assert find_checkpoint(run).state == {"epoch": 3, "step": 12}  # 7 images on 2 workers: 4 steps an epoch
+    assert load_network(run).num_labels == 4
+    assert not (run / "ray").exists()
+
+
+def epochs_in_log(run: Path) -> list[str]:
+    return [line for line in (run / "train.log").read_text().splitlines() if " done, " in line]
+
+
+def test_mlflow_has_every_step(finished: TrainConfig) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(finished.tracking.uri)
+    experiment = client.get_experiment_by_name(finished.tracking.experiment)
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.num_epochs"] == "3"
+    steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "epoch_instance_loss")]
+    assert steps == [4, 8, 12]
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"model.safetensors", "config.json"}
+
+
+def test_a_finished_run_is_left_alone(finished: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    before = tensors_of(Path(finished.out))
+    train(finished)
+    assert "nothing to do" in capsys.readouterr().out
+    assert tensors_of(Path(finished.out)) == before
+
+
+def test_a_killed_worker_changes_nothing(finished: TrainConfig, tmp_path: Path) -> None:
+    config = replace(finished, out=str(tmp_path / "run"))
+    killer = threading.Thread(target=kill_a_worker_after, args=(epoch_folder(Path(config.out), 1),))
+    killer.start()
+    train(config)
+    killer.join()
+    assert tensors_of(Path(config.out)) == tensors_of(Path(finished.out))
+    assert "failed" in (Path(config.out) / "train.log").read_text()
+
+
+def kill_a_worker_after(folder: Path) -> None:
+    import psutil  # Ray brings it along, and makes it importable
+
+    deadline = time.monotonic() + 120
+    while not folder.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    children = psutil.Process().children(recursive=True)
+    victim = next(child for child in children if "RayTrainWorker" in " ".join(child.cmdline()))
+    os.kill(victim.pid, signal.SIGKILL)
+
+
+def test_a_run_resumes_from_its_last_undamaged_checkpoint_without_mlflow(
+    finished: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished.out, run)
+    (run / "mlflow.key").unlink()
+    shutil.rmtree(epoch_folder(run, 3))
+    (epoch_folder(run, 2) / "model.safetensors").write_bytes(b"torn")
+    (run / "checkpoints" / "epoch_0003.partial").mkdir()
+    unreachable = TrackingConfig(uri="http://127.0.0.1:9")
+    train(replace(finished, out=str(run), tracking=unreachable))
+    assert tensors_of(run) == tensors_of(Path(finished.out))
+    assert sum("cannot be reached" in record.message for record in caplog.records) <= 1
+    operations = [json.loads(line)["op"] for line in (run / "mlflow.jsonl").read_text().splitlines()]
+    assert operations[0] == "start"
+    assert operations[-1] == "finish"
+    assert operations.count("metrics") >= 2
+
+
+def test_a_run_directory_belongs_to_one_configuration(finished: TrainConfig) -> None:
+    changed = replace(finished, learning_rate_crf=0.5)
+    with pytest.raises(ValueError, match=r"was trained with train\.learning_rate_crf = 0\.05, not 0\.5"):
+        train(changed)
+    changed = replace(finished, model=replace(finished.model, semantic="fcn8s"))
+    with pytest.raises(ValueError, match=r"was trained with model\.semantic = 'logits', not 'fcn8s'"):
+        train(changed)
+
+
+def test_data_is_checked_before_a_worker_starts(tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"run workflows/prepare\.py first"):
+        train(make_config(tmp_path, tmp_path / "run"))
+    for column, message in (("semantic_logits", "has no logits"), ("semantic", "has no ground truth")):
+        data = tmp_path / column
+        shutil.copytree(tiny_data, data)
+        rows = pq.read_table(data / "shard.parquet").to_pylist()
+        without = [{**row, column: None} for row in rows]
+        pq.write_table(pa.Table.from_pylist(without, SCHEMA), data / "shard.parquet", row_group_size=1)
+        with pytest.raises(ValueError, match=message):
+            train(make_config(data, tmp_path / "run"))
+    manifest = json.loads((tiny_data / "manifest.json").read_text())
+    shutil.copytree(tiny_data, tmp_path / "classes")
+    manifest["classes"].append("triangle")
+    (tmp_path / "classes" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="logits of 4 labels, expected 5"):
+        train(make_config(tmp_path / "classes", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_network_fails_in_the_driver(tiny_data: Path, tmp_path: Path) -> None:
+    config = replace(make_config(tiny_data, tmp_path / "run"), model=ModelConfig(semantic="fcn9s"))
+    with pytest.raises(ValueError, match="did you mean 'fcn8s'"):
+        train(config)

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from instseg.config import InstanceCrfConfig, ModelConfig
+from instseg.models.network import InstanceNetwork
+from instseg.training import checkpoint as module
+from instseg.training.checkpoint import (
+    epoch_folder,
+    find_checkpoint,
+    from_json,
+    latest_checkpoint,
+    load_network,
+    save_checkpoint,
+)
+
+MODEL = ModelConfig(instance_crf=InstanceCrfConfig(num_iterations=7))
+
+
+def save(run: Path, epoch: int, num_labels: int = 4) -> InstanceNetwork:
+    torch.manual_seed(epoch)
+    network = InstanceNetwork(MODEL, num_labels)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.rand_like(parameter))
+    config = {"model": asdict(MODEL), "num_labels": num_labels}
+    save_checkpoint(epoch_folder(run, epoch), network.state_dict(), config, state={"epoch": epoch})
+    return network
+
+
+def test_a_network_comes_back_as_it_was(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    network = save(tmp_path, 2)
+    for path in (tmp_path, epoch_folder(tmp_path, 2)):
+        loaded = load_network(path)
+        assert loaded.config == MODEL
+        assert not loaded.training
+        torch.testing.assert_close(loaded.state_dict(), network.state_dict(), rtol=0, atol=0)
+
+
+def test_another_ablation_may_be_run_with_the_same_weights(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    config = replace(MODEL, ablation="no_crf", score="mask")
+    assert load_network(tmp_path, config).config == config
+
+
+@pytest.mark.parametrize("torn", ["model.safetensors", "config.json", "manifest.json", "state.json"])
+def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, torn: str) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    path = epoch_folder(tmp_path, 2) / torn
+    path.unlink() if torn == "manifest.json" else path.write_bytes(path.read_bytes()[:-1])
+    assert find_checkpoint(tmp_path).state == {"epoch": 1}
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("function", ["save_file", "_write_json", "_sha256"])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_killed_writer_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, again: bool
+) -> None:
+    save(tmp_path, 1)
+    real = getattr(module, function)
+    calls = []
+
+    def killed(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise Killed
+        return real(*args)
+
+    monkeypatch.setattr(module, function, killed)
+    with pytest.raises(Killed):
+        save(tmp_path, 1 if again else 2)
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.state == {"epoch": 1}
+    monkeypatch.undo()
+    save(tmp_path, 2)  # what was left over is no obstacle
+    assert find_checkpoint(tmp_path).state == {"epoch": 2}
+
+
+def test_no_checkpoint_is_a_clear_error(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path) is None
+    with pytest.raises(FileNotFoundError, match=r"no complete checkpoint there; run workflows/train\.py first"):
+        load_network(tmp_path)
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (epoch_folder(tmp_path, 1) / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or missing"):
+        load_network(epoch_folder(tmp_path, 1))
+
+
+def test_another_architecture_is_named(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    with pytest.raises(ValueError, match="has 4 labels, the data has 21"):
+        load_network(tmp_path, num_labels=21)
+    with pytest.raises(ValueError, match=r"trained with model\.semantic 'logits', not 'fcn8s'"):
+        load_network(tmp_path, replace(MODEL, semantic="fcn8s"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name, tensor: {}, "{name} is missing"),
+        (lambda name, tensor: {name: tensor[None]}, r"{name} has shape \(1,"),
+        (lambda name, tensor: {name: tensor, "extra": tensor.clone()}, "extra is not part of the network"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path, change: Any, message: str) -> None:
+    state = InstanceNetwork(MODEL, 4).state_dict()
+    name = next(iter(state))
+    state |= change(name, state.pop(name))
+    save_checkpoint(epoch_folder(tmp_path, 1), state, {"model": asdict(MODEL), "num_labels": 4})
+    with pytest.raises(ValueError, match="another architecture: .*" + message.format(name=name)):
+        load_network(tmp_path)
+
+
+def test_configuration_survives_json() -> None:
+    assert from_json(ModelConfig, json.loads(json.dumps(asdict(MODEL)))) == MODEL
+    with pytest.raises(ValueError, match="ModelConfig: unknown 'colour'"):
+        from_json(ModelConfig, {"colour": "red"})
