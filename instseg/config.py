@@ -79,7 +79,7 @@ class PrepareConfig:
     logits: str | None = None  # folder of <image_id>.npz
     classes: str | None = None  # text file, one foreground class a line; default: the 20 VOC classes
     min_score: float = 0.05  # detections below are left out
-    grabcut_iterations: int = 5
+    grabcut_iterations: int = 5  # for each detection; the paper gives no number
     shard_size: int = 16  # images per Parquet file, and per task
     max_quarantined: float = 0.01  # share of images; above it the job fails
 
