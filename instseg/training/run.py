@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import threading
@@ -17,6 +16,7 @@ import ray.train
 import torch
 from ray.train.torch import TorchTrainer
 
+from instseg.cluster import cluster
 from instseg.config import ModelConfig, TrainConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.models.network import InstanceNetwork
@@ -25,9 +25,8 @@ from instseg.tracking import Tracker
 from instseg.training.checkpoint import Checkpoint, find_checkpoint, latest_checkpoint
 from instseg.training.loop import LOG, log_line, train_loop, training_settings
 
-_SPOOL = "mlflow.jsonl"
+_SPOOL = "mlflow_spool.jsonl"
 _STEPS_PER_POINT = 10  # of the curves in MLflow
-_REPOSITORY = Path(__file__).resolve().parents[2]
 # What may differ between a run and its continuation: where things are, and how long and how safely to go on.
 _FREE = {"out", "data", "semantic_weights", "cpus_per_worker", "num_epochs", "max_failures", "keep_checkpoints"}
 
@@ -123,37 +122,12 @@ def _run(config: TrainConfig, settings: dict[str, Any]) -> None:
     tags = {"workflow": "train"}
     with (
         Tracker.start(config.tracking, run.name, settings, tags, run / _SPOOL) as tracker,
-        _cluster(config.num_workers * config.cpus_per_worker),
+        cluster(config.num_workers * config.cpus_per_worker),
     ):
         _fit(config, tracker)
         folder = find_checkpoint(run).folder
         for name in ("model.safetensors", "config.json"):
             tracker.log_artifact(folder / name)
-
-
-@contextmanager
-def _cluster(num_cpus: int) -> Iterator[None]:
-    if ray.is_initialized():
-        yield
-        return
-    if "RAY_ADDRESS" in os.environ:  # set by `ray job submit`, or by the user
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
-    else:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's own default, without its warning
-        python_path = os.pathsep.join(filter(None, [str(_REPOSITORY), os.environ.get("PYTHONPATH")]))
-        ray.init(
-            address="local",
-            num_cpus=max(num_cpus, os.cpu_count() or 1),
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            runtime_env={"env_vars": {"PYTHONPATH": python_path}},  # works without installing the package
-        )
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _fit(config: TrainConfig, tracker: Tracker) -> None:

@@ -19,7 +19,10 @@ from instseg.data.schema import SCHEMA
 from instseg.training.checkpoint import epoch_folder, find_checkpoint, load_network
 from instseg.training.run import train
 
-pytestmark = pytest.mark.ray
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),  # Ray warns of its own defaults
+]
 
 
 def make_config(data: Path, run: Path) -> TrainConfig:
@@ -103,7 +106,7 @@ def test_a_run_resumes_from_its_last_undamaged_checkpoint_without_mlflow(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished.out, run)
-    (run / "mlflow.key").unlink()
+    (run / "mlflow_spool.key").unlink()
     shutil.rmtree(epoch_folder(run, 3))
     (epoch_folder(run, 2) / "model.safetensors").write_bytes(b"torn")
     (run / "checkpoints" / "epoch_0003.partial").mkdir()
@@ -111,7 +114,7 @@ def test_a_run_resumes_from_its_last_undamaged_checkpoint_without_mlflow(
     train(replace(finished, out=str(run), tracking=unreachable))
     assert tensors_of(run) == tensors_of(Path(finished.out))
     assert sum("cannot be reached" in record.message for record in caplog.records) <= 1
-    operations = [json.loads(line)["op"] for line in (run / "mlflow.jsonl").read_text().splitlines()]
+    operations = [json.loads(line)["op"] for line in (run / "mlflow_spool.jsonl").read_text().splitlines()]
     assert operations[0] == "start"
     assert operations[-1] == "finish"
     assert operations.count("metrics") >= 2
