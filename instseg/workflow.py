@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from instseg.cluster import cluster
 from instseg.config import AblateConfig, Ablation, EvaluateConfig, ModelConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.evaluation.ap_r import ImageRecord
@@ -43,9 +44,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         ValueError: If they do not fit each other or an image cannot be evaluated.
     """
     dataset = PreparedDataset(config.data)
-    model, state = _load(config, dataset)
+    model, state = load(config, dataset)
     with (
         _start(config, "evaluate", Path(config.out)) as tracker,
+        cluster(config.num_actors),
         Evaluators(dataset, build_predict, config.num_actors) as evaluators,
     ):
         evaluators.use(model, state)
@@ -57,11 +59,12 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 def ablate(config: AblateConfig) -> dict[Ablation, Evaluation]:
     """Evaluate all `ROWS`, each in a nested MLflow run, and write them side by side. Raises as `evaluate`."""
     dataset = PreparedDataset(config.data)
-    model, state = _load(config, dataset)
+    model, state = load(config, dataset)
     out = Path(config.out)
     rows: dict[Ablation, Evaluation] = {}
     with (
         _start(config, "ablate", out) as parent,
+        cluster(config.num_actors),
         Evaluators(dataset, build_predict, config.num_actors) as evaluators,
     ):
         for ablation in ROWS:
@@ -94,8 +97,15 @@ def build_predict(model: ModelConfig, num_labels: int, state: Mapping[str, np.nd
     return predict
 
 
-def _load(config: EvaluateConfig, dataset: PreparedDataset) -> tuple[ModelConfig, State]:
-    """Configuration and parameters of the checkpoint's network, or of the hand-set one."""
+def load(config: EvaluateConfig, dataset: PreparedDataset) -> tuple[ModelConfig, State]:
+    """Return configuration and parameters of the checkpoint's network, or of the hand-set one.
+
+    With a checkpoint, options given in `config.model` that differ from their defaults change its configuration.
+
+    Raises:
+        FileNotFoundError: If there is no checkpoint.
+        ValueError: If it does not fit the data or the options.
+    """
     if config.checkpoint is None:
         network = InstanceNetwork(config.model, dataset.num_labels)
     else:

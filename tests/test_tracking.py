@@ -164,9 +164,7 @@ def test_a_server_that_hangs_does_not_hang_the_run(tmp_path: Path, monkeypatch: 
     server = HTTPServer(("127.0.0.1", 0), Silent)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     began = time.perf_counter()
-    with Tracker.start(
-        TrackingConfig(uri=f"http://127.0.0.1:{server.server_port}"), "x", {}, {}, tmp_path / "s"
-    ):
+    with Tracker.start(TrackingConfig(uri=f"http://127.0.0.1:{server.server_port}"), "x", {}, {}, tmp_path / "s"):
         pass
     assert time.perf_counter() - began < 15
     server.shutdown()

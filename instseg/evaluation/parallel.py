@@ -6,7 +6,6 @@ the result is the same for any number of actors and any order.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
@@ -39,7 +38,7 @@ class Dataset(Protocol):
 
 
 class Evaluators:
-    """A pool of actors that hold the data set and, until they are given another, one network.
+    """A pool of actors, in a running Ray cluster, that hold the data set and a network.
 
     Args:
         dataset: What to evaluate on.
@@ -53,8 +52,6 @@ class Evaluators:
     def __init__(self, dataset: Dataset, build: Build, num_actors: int | None = None) -> None:
         if not len(dataset):
             raise ValueError("data: expected at least one image, got none")
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False, logging_level=logging.WARNING)
         num_cpus = int(ray.cluster_resources().get("CPU", 0))
         num_actors = num_actors or min(num_cpus, len(dataset))
         if num_actors > num_cpus:
@@ -88,7 +85,8 @@ class Evaluators:
 
     def instance_maps(self, indices: Sequence[int]) -> list[InstanceMap]:
         """Segment some images, in the order of `indices`. Raises as `records`."""
-        return [result for _, result in sorted(self._map("segment", indices), key=lambda pair: pair[0])]
+        maps = dict(self._map("segment", indices))
+        return [maps[index] for index in indices]
 
     def _map(self, method: str, indices: Sequence[int]) -> Any:
         network = self._network

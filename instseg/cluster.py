@@ -1,0 +1,49 @@
+"""The Ray cluster of a workflow: the one it was submitted to, or a local one for as long as it runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def cluster(num_cpus: int | None = None) -> Iterator[None]:
+    """Connect to RAY_ADDRESS if set (as `ray job submit` does), else start Ray on this machine alone.
+
+    Args:
+        num_cpus: CPUs that a local cluster offers at least; default: this machine's.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    else:
+        _start_local(max(num_cpus or 1, os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_local(num_cpus: int) -> None:
+    import ray
+
+    # Ray makes a token for a local cluster, which is right, and warns of it.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    repository = Path(__file__).resolve().parents[1]
+    python_path = os.pathsep.join(filter(None, [str(repository), os.environ.get("PYTHONPATH")]))
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        runtime_env={"env_vars": {"PYTHONPATH": python_path}},  # works without installing the package
+    )

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from instseg.config import AblateConfig, EvaluateConfig, InstanceCrfConfig, ModelConfig, TrackingConfig
+from instseg.data.dataset import PreparedDataset
+from instseg.evaluation.ap_r import ImageRecord
+from instseg.evaluation.parallel import Evaluators
+from instseg.models.network import InstanceNetwork
+from instseg.structures import Sample
+from instseg.tracking import resolve_uri
+from instseg.training.checkpoint import save_checkpoint
+from instseg.workflow import ROWS, ablate, build_predict, evaluate, load
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+WORKFLOWS = Path(__file__).parents[2] / "workflows"
+
+
+class Interfered(PreparedDataset):
+    """Does something before image 3 is read."""
+
+    def __init__(self, root: str, interfere: Callable[[], None]) -> None:
+        super().__init__(root)
+        self.interfere = interfere
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == 3:
+            self.interfere()
+        return super().__getitem__(index)
+
+    def __reduce__(self) -> tuple:  # this module cannot be imported by a worker: send it by value
+        return _by_value(), (str(self.root), self.interfere)
+
+
+def _by_value() -> Callable:
+    import sys
+
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    return Interfered
+
+
+def records_of(dataset: PreparedDataset, num_actors: int) -> list[ImageRecord]:
+    state = {name: t.numpy() for name, t in InstanceNetwork(ModelConfig(), dataset.num_labels).state_dict().items()}
+    with Evaluators(dataset, build_predict, num_actors) as evaluators:
+        evaluators.use(ModelConfig(), state)
+        return evaluators.records()
+
+
+def assert_same(first: list[ImageRecord], second: list[ImageRecord]) -> None:
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        for name, value in vars(one).items():
+            np.testing.assert_array_equal(value, vars(other)[name])
+
+
+def test_identical_for_any_number_of_actors_and_after_a_kill(tiny_data: Path, tmp_path: Path) -> None:
+    dataset = PreparedDataset(str(tiny_data))
+    expected = records_of(dataset, 1)
+    assert [record.image_id for record in expected] == sorted(dataset.image_ids)
+    assert sum(record.iou.size for record in expected) > 0
+    assert_same(records_of(dataset, 2), expected)
+
+    marker = tmp_path / "killed"
+
+    def die_once() -> None:
+        if not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert_same(records_of(Interfered(str(tiny_data), die_once), 2), expected)
+    assert marker.exists()
+
+
+def test_an_image_that_fails_is_named(tiny_data: Path) -> None:
+    def fail() -> None:
+        raise ValueError("bad pixels")
+
+    with pytest.raises(ValueError, match="^image_3: bad pixels$"):
+        records_of(Interfered(str(tiny_data), fail), 1)
+
+
+def test_more_actors_than_cpus_is_an_error(tiny_data: Path) -> None:
+    with pytest.raises(ValueError, match="num_actors: expected at most the cluster's 2 CPUs, got 3"):
+        Evaluators(PreparedDataset(str(tiny_data)), build_predict, 3)
+
+
+@pytest.fixture
+def config(tiny_data: Path, tmp_path: Path) -> EvaluateConfig:
+    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="test")
+    return EvaluateConfig(str(tiny_data), str(tmp_path / "report"), tracking=tracking, num_figures=2)
+
+
+def runs_of(config: EvaluateConfig) -> dict:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=resolve_uri(config.tracking))
+    experiment = client.get_experiment_by_name("test")
+    assert experiment is not None
+    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+
+def test_evaluate_reports_and_records(config: EvaluateConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluation = evaluate(config)
+    out = Path(config.out)
+    results = json.loads((out / "results.json").read_text())
+    assert results["num_images"] == evaluation.num_images == len(PreparedDataset(config.data))
+    assert results["metrics"] == pytest.approx(evaluation.metrics())
+    assert results["config"]["model"]["semantic_crf"]["num_iterations"] == 5
+    assert (out / "per_class.csv").read_text().startswith("class,num_instances,ap_r_0.1")
+    assert (out / "panel.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert (out / "report.txt").read_text().splitlines()[2] in printed
+    assert config.out in printed
+    assert "mlflow ui --backend-store-uri" in printed
+    run = runs_of(config)["report"]
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["authors/ap_r_vol"] == pytest.approx(evaluation.metrics()["authors/ap_r_vol"])
+    artifacts = {path.name for path in (out.parent / "mlartifacts").rglob("*") if path.is_file()}
+    assert artifacts == {"results.json", "per_class.csv", "report.txt", "panel.png"}
+
+
+def test_ablate_puts_the_rows_side_by_side(config: EvaluateConfig) -> None:
+    rows = ablate(AblateConfig(**{**vars(config), "num_figures": 0}))
+    assert tuple(rows) == ROWS
+    alone = evaluate(replace(config, num_figures=0, model=ModelConfig(ablation="no_crf")))
+    assert alone.metrics() == pytest.approx(rows["no_crf"].metrics(), nan_ok=True)
+    out = Path(config.out)
+    table = (out / "ablation.md").read_text().splitlines()
+    assert len(table) == 2 + len(ROWS)
+    assert "| 53.1 | 75.3 |" in table[-1]
+    assert json.loads((out / "ablation.json").read_text())["full"] == pytest.approx(rows["full"].metrics())
+    runs = runs_of(config)
+    parents = {runs[row].data.tags["mlflow.parentRunId"] for row in ROWS}
+    assert len(parents) == 1
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+
+
+def test_a_checkpoint_brings_its_model(config: EvaluateConfig, tmp_path: Path) -> None:
+    trained = replace(ModelConfig(), background="literal", instance_crf=InstanceCrfConfig(num_iterations=7))
+    network = InstanceNetwork(trained, 4)
+    network.instance_crf.spatial_weight.data.fill_(0.25)
+    save_checkpoint(tmp_path / "epoch_1", network.state_dict(), {"model": asdict(trained), "num_labels": 4})
+    config = replace(config, checkpoint=str(tmp_path / "epoch_1"), model=ModelConfig(score="mask"))
+    model, state = load(config, PreparedDataset(config.data))
+    assert model == replace(trained, score="mask")
+    assert state["instance_crf.spatial_weight"] == 0.25
+    with pytest.raises(ValueError, match=r"trained with model\.semantic 'logits', not 'fcn8s'"):
+        load(replace(config, model=ModelConfig(semantic="fcn8s")), PreparedDataset(config.data))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere", "--out", "x"], "run workflows/prepare.py first"),
+        (["--data", "d", "--out", "x", "--num-actor", "2"], "--num-actors"),
+    ],
+)
+@pytest.mark.parametrize("workflow", ["evaluate.py", "ablate.py"])
+def test_a_mistake_of_the_users_is_one_clear_message(
+    workflow: str,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", [workflow, *arguments])
+    with pytest.raises(SystemExit) as exit_status:
+        runpy.run_path(str(WORKFLOWS / workflow), run_name="__main__")
+    assert exit_status.value.code == 2
+    assert message in capsys.readouterr().err
