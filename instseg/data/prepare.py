@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from instseg.cluster import cluster
 from instseg.config import PrepareConfig
 from instseg.data.coco import DetectionRecord, read_detections
 from instseg.data.dataset import MANIFEST, PreparedDataset
@@ -20,7 +18,6 @@ from instseg.data.voc import BACKGROUND_NAME, VOC_CLASSES, VocDevkit, open_devki
 from instseg.progress import follow
 
 QUARANTINE = "quarantine.parquet"
-_REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def prepare(config: PrepareConfig) -> PreparedDataset:
@@ -110,7 +107,8 @@ def _write_shards(plan: ShardPlan) -> list[ShardReport]:
     plan.out.mkdir(parents=True, exist_ok=True)
     (plan.out / MANIFEST).unlink(missing_ok=True)
     indices = [{"shard": index} for index in range(len(plan.shards))]
-    with _cluster():
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    with cluster():
         ray.data.DataContext.get_current().enable_progress_bars = False  # `follow` reports
         tasks = ray.data.from_items(indices, override_num_blocks=len(indices)).map(
             lambda row: {"report": make_shard(plan, row["shard"]).to_json()}, num_cpus=1
@@ -126,31 +124,6 @@ def _remove_leftovers(out: Path, files: set[str]) -> None:
     for path in out.glob("shard-*.parquet*"):
         if path.name not in files:
             path.unlink()
-
-
-@contextmanager
-def _cluster() -> Iterator[None]:
-    import ray
-
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    if ray.is_initialized():
-        yield
-        return
-    if "RAY_ADDRESS" in os.environ:  # set by `ray job submit`, or by the user
-        ray.init(logging_level=logging.WARNING)
-    else:
-        python_path = os.pathsep.join(filter(None, [str(_REPOSITORY), os.environ.get("PYTHONPATH")]))
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            logging_level=logging.WARNING,
-            runtime_env={"env_vars": {"PYTHONPATH": python_path}},  # works without installing the package
-        )
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _check_quarantine(rows: list[QuarantineRow], num_images: int, max_quarantined: float, out: Path) -> None:
