@@ -13,11 +13,24 @@ The model, paper symbol by module:
     AP^r                  evaluation                       evaluation/ap_r.py
 """
 
-from instseg.config import ModelConfig
-from instseg.crf import DenseCRF
-from instseg.models.network import InstanceNetwork, segment_instances
-from instseg.structures import Detections, InstanceMap, Sample
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from instseg.config import ModelConfig
+    from instseg.crf import DenseCRF
+    from instseg.models.network import InstanceNetwork, segment_instances
+    from instseg.structures import Detections, InstanceMap, Sample
+
+_MODULES = {
+    "ModelConfig": "instseg.config",
+    "DenseCRF": "instseg.crf",
+    "InstanceNetwork": "instseg.models.network",
+    "segment_instances": "instseg.models.network",
+    "Detections": "instseg.structures",
+    "InstanceMap": "instseg.structures",
+    "Sample": "instseg.structures",
+}
 __all__ = [
     "DenseCRF",
     "Detections",
@@ -27,3 +40,10 @@ __all__ = [
     "Sample",
     "segment_instances",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, because torch takes seconds and 500 MB that preparing data and reading --help do without.
+    if name not in _MODULES:
+        raise AttributeError(f"module 'instseg' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

@@ -73,8 +73,8 @@ class DenseCRF(nn.Module):
         dtype = self.spatial_weight.dtype
         kernels = build_kernels(image.to(dtype), self.kernel_config)
         flat = unary.to(dtype).flatten(1).T.contiguous()
-        log_q = mean_field(flat, lambda q: self.pairwise(q, kernels), None, self.num_iterations).log_q
-        return log_q.exp().T.reshape(unary.shape)
+        q = mean_field(flat, lambda q: self.pairwise(q, kernels), None, self.num_iterations).q
+        return q.T.reshape(unary.shape)
 
 
 class HigherOrderCRF(nn.Module):

@@ -7,7 +7,7 @@ the backward pass, and both CRFs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ class Lattice:
 
     Attributes:
         vertices: (N, C+1) int32 in 0..M-1, the simplex that encloses each point.
-        weights: (N, C+1) float, barycentric coordinates of the point in it; rows sum to 1.
+        slice_weights: (N, C+1) float, barycentric coordinates of the point in it, times the operator's scale.
         splat_points: (N*(C+1),) int32, the points that touch vertex 0, then those of vertex 1, ...
         splat_weights: (N*(C+1),) float, their barycentric coordinates.
         splat_offsets: (M+1,) int32, where each vertex's run starts.
@@ -29,7 +29,7 @@ class Lattice:
     """
 
     vertices: Tensor
-    weights: Tensor
+    slice_weights: Tensor
     splat_points: Tensor
     splat_weights: Tensor
     splat_offsets: Tensor
@@ -47,9 +47,7 @@ class Lattice:
     def apply_operator(self, values: Tensor, transpose: bool = False) -> Tensor:
         """K values, or K^T values: slice and splat are each other's transpose, each blur is symmetric."""
         on_vertices = self._blur(self._splat(values), transpose)
-        # The operator's last factor makes one isolated vertex reproduce the volume of the continuous Gaussian.
-        scale = 1.0 / (1.0 + 2.0 ** (1 - self.vertices.shape[1]))
-        return embedding_bag(self.vertices, on_vertices, mode="sum", per_sample_weights=self.weights * scale)
+        return embedding_bag(self.vertices, on_vertices, mode="sum", per_sample_weights=self.slice_weights)
 
     def _splat(self, values: Tensor) -> Tensor:
         offsets = self.splat_offsets[:-1]
@@ -66,10 +64,6 @@ class Lattice:
             blurred[-1] = 0
             values = blurred
         return values[:-1]
-
-    def to(self, dtype: torch.dtype) -> Lattice:
-        """The same lattice with weights in `dtype`."""
-        return replace(self, weights=self.weights.to(dtype), splat_weights=self.splat_weights.to(dtype))
 
 
 class _Filter(torch.autograd.Function):
@@ -101,9 +95,11 @@ def build_lattice(features: Tensor) -> Lattice:
     sorted_keys, order = keys.flatten().sort(stable=True)
     unique_keys, runs, counts = torch.unique_consecutive(sorted_keys, return_inverse=True, return_counts=True)
     vertices = torch.empty_like(runs).scatter_(0, order, runs).view_as(keys)
+    # The operator's last factor makes one isolated vertex reproduce the volume of the continuous Gaussian.
+    scale = 1.0 / (1.0 + 2.0 ** -features.shape[1])
     return Lattice(
         vertices=vertices.int(),
-        weights=weights,
+        slice_weights=weights * scale,
         splat_points=(order // keys.shape[1]).int(),
         splat_weights=weights.flatten()[order],
         splat_offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int(),
@@ -136,12 +132,14 @@ def _enclosing_simplex(elevated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     residual = elevated - base
     surplus = steps.sum(1, keepdim=True).long()
     # rank_i = how many coordinates have a larger residual (ties: the earlier coordinate counts as larger).
-    rank = torch.zeros_like(base)
+    columns = residual.T.contiguous()
+    ranks = torch.zeros_like(columns, dtype=torch.int64)
     for i in range(num_corners):
         for j in range(i + 1, num_corners):
-            larger = residual[:, i] < residual[:, j]
-            rank[:, i] += larger
-            rank[:, j] += ~larger
+            larger = columns[i] < columns[j]
+            ranks[i] += larger
+            ranks[j] += ~larger
+    rank = ranks.T
     # Rounding may leave the hyperplane: walk back along the coordinates whose rank falls out of 0..C.
     rank = rank + surplus
     wrap = (rank < 0).long() - (rank >= num_corners).long()
@@ -171,12 +169,13 @@ def _corner_keys(base: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
             f"features: lattice coordinates span {sizes} cells, more than a 64-bit key holds; use larger thetas"
         )
     stride = torch.tensor(strides, dtype=torch.int64, device=base.device)
-    remainder = torch.arange(num_corners, device=base.device)
     origin_key = ((base - low)[:, :-1] * stride).sum(1, keepdim=True)
     # Corner k adds k to every coordinate, and subtracts C+1 from those whose rank is among the last k.
-    dropped = rank[:, :-1, None] > (num_corners - 1 - remainder)
-    shift = (stride[:, None] * dropped).sum(1) * num_corners
-    return origin_key + remainder * stride.sum() - shift, stride
+    stride_by_rank = torch.zeros_like(rank).scatter_(1, rank, torch.nn.functional.pad(stride, (0, 1)).expand_as(rank))
+    dropped = stride_by_rank.flip(1).cumsum(1).roll(1, dims=1)
+    dropped[:, 0] = 0
+    corner = torch.arange(num_corners, device=base.device)
+    return origin_key + corner * stride.sum() - num_corners * dropped, stride
 
 
 def _find_neighbors(unique_keys: Tensor, stride: Tensor) -> Tensor:
@@ -184,9 +183,9 @@ def _find_neighbors(unique_keys: Tensor, stride: Tensor) -> Tensor:
     num_vertices, num_corners = len(unique_keys), len(stride) + 1
     neighbors = unique_keys.new_full((num_corners, 2, num_vertices + 1), num_vertices, dtype=torch.int32)
     for direction in range(num_corners):
-        step = -stride.sum() + (num_corners * stride[direction] if direction < num_corners - 1 else 0)
-        for side, target in enumerate((unique_keys + step, unique_keys - step)):
-            found = torch.searchsorted(unique_keys, target).clamp_(max=num_vertices - 1)
-            present = unique_keys[found] == target
-            neighbors[direction, side, :-1] = torch.where(present, found, num_vertices).int()
+        step = stride.sum() - (num_corners * stride[direction] if direction < num_corners - 1 else 0)
+        found = torch.searchsorted(unique_keys, unique_keys + step).clamp_(max=num_vertices - 1)
+        vertex = torch.nonzero(unique_keys[found] == unique_keys + step)[:, 0]
+        neighbors[direction, 1, vertex] = found[vertex].int()
+        neighbors[direction, 0, found[vertex]] = vertex.int()
     return neighbors

@@ -13,16 +13,30 @@ from instseg.crf.detection import DetectionPotential
 
 
 class MeanFieldState(NamedTuple):
-    """Q after some step: `log_q` (N, L) over labels, `validity` (D,) = Q(Y_d = 1); None without detections."""
+    """Q after some step.
 
-    log_q: Tensor
+    Attributes:
+        logits: (N, L), log Q_i(l) up to a constant in l.
+        validity: (D,) Q(Y_d = 1); None without detections.
+    """
+
+    logits: Tensor
     validity: Tensor | None
+
+    @property
+    def q(self) -> Tensor:
+        """(N, L) marginals."""
+        return self.logits.softmax(1)
+
+    @property
+    def log_q(self) -> Tensor:
+        """(N, L) log marginals."""
+        return self.logits.log_softmax(1)
 
 
 def initial_state(unary: Tensor, detections: DetectionPotential | None) -> MeanFieldState:
     """Q of the unaries (N, L) alone: softmax(-unary), and the detector's scores."""
-    validity = None if detections is None else detections.initial_validity
-    return MeanFieldState((-unary).log_softmax(1), validity)
+    return MeanFieldState(-unary, None if detections is None else detections.initial_validity)
 
 
 def mean_field_step(
@@ -39,13 +53,13 @@ def mean_field_step(
         pairwise: Maps marginals (N, L) to the pairwise message (N, L), see `pairwise_message`.
         detections: The detection potentials, or None.
     """
-    q = state.log_q.exp()
+    q = state.q
     energy = unary + pairwise(q)
     validity = None
     if detections is not None and state.validity is not None:
         energy = energy + detections.pixel_message(state.validity)
         validity = torch.sigmoid(detections.validity_logit(q))
-    return MeanFieldState((-energy).log_softmax(1), validity)
+    return MeanFieldState(-energy, validity)
 
 
 def mean_field(
@@ -72,7 +86,7 @@ def free_energy(
     The pairwise term counts each unordered pair once, which holds for symmetric kernels and compatibilities; the self
     term of the lattice counts half.
     """
-    q = state.log_q.exp()
+    q = state.q
     total = (q * (unary + 0.5 * pairwise(q) + state.log_q)).sum()
     if detections is None or state.validity is None:
         return total

@@ -87,12 +87,14 @@ def pairwise_message(
     Returns:
         (N, L).
     """
-    filtered = torch.zeros_like(q)
-    for kernel, weight in zip(kernels, weights, strict=True):
-        filtered = filtered + weight * kernel(q)
+    num_labels = q.shape[1]
     if compatibility is None:
-        return filtered.sum(1, keepdim=True) - filtered
-    return filtered @ compatibility.T
+        compatibility = potts(num_labels, q.dtype).to(q.device)
+    # Weights and compatibility make one small matrix a kernel: a single pass over the (N, L) result.
+    message = torch.zeros(num_labels, dtype=q.dtype, device=q.device)
+    for kernel, weight in zip(kernels, weights, strict=True):
+        message = torch.addmm(message, kernel(q), weight.expand(num_labels)[:, None] * compatibility.T)
+    return message
 
 
 def potts(num_labels: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
@@ -26,7 +29,7 @@ def problem():
     return unary, kernel, compatibility, q, validity
 
 
-def potential(form="tied", unary="logit", **changes) -> DetectionPotential:
+def potential(form: Any = "tied", unary: Any = "logit", **changes) -> DetectionPotential:
     foregrounds = torch.zeros(2, 4, dtype=torch.float64)
     for row, pixels in zip(foregrounds, FOREGROUNDS, strict=True):
         row[pixels] = 1.0
@@ -140,10 +143,7 @@ def test_decoupled_form_weights_pixels_and_y_apart(problem):
 
 
 def test_initial_validity_is_the_score_and_a_score_of_one_stays_finite():
-    detections = potential()
-    detections = DetectionPotential(
-        detections.labels, torch.tensor([1.0, 0.4]).double(), detections.foregrounds, *[detections.weight_x] * 2
-    )
+    detections = replace(potential(), scores=torch.tensor([1.0, 0.4]).double())
     state = initial_state(torch.zeros(4, 3, dtype=torch.float64), detections)
     torch.testing.assert_close(state.validity, torch.tensor([1 - 1e-4, 0.4]).double())
     assert torch.isfinite(detections.unary_logit).all()
