@@ -7,11 +7,13 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from safetensors.torch import load_file
 
 from instseg.config import ModelConfig, TrackingConfig, TrainConfig
@@ -19,6 +21,7 @@ from instseg.data.schema import SCHEMA
 from instseg.training.checkpoint import epoch_folder, find_checkpoint, load_network
 from instseg.training.run import train
 
+psutil = import_module("psutil", ray.__name__)  # Ray brings it along, and makes it importable
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),  # Ray warns of its own defaults
@@ -91,8 +94,6 @@ def test_a_killed_worker_changes_nothing(finished: TrainConfig, tmp_path: Path) 
 
 
 def kill_a_worker_after(folder: Path) -> None:
-    import psutil  # Ray brings it along, and makes it importable
-
     deadline = time.monotonic() + 120
     while not folder.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
