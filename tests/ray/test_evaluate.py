@@ -86,7 +86,7 @@ def test_an_image_that_fails_is_named(tiny_data: Path) -> None:
     def fail() -> None:
         raise ValueError("bad pixels")
 
-    with pytest.raises(ValueError, match="^image_3: bad pixels$"):
+    with pytest.raises(ValueError, match=r"^image_3: bad pixels$"):
         records_of(Interfered(str(tiny_data), fail), 1)
 
 
