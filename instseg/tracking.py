@@ -186,9 +186,7 @@ class _Server:
         client = MlflowClient(tracking_uri=self.uri)
         experiment = client.get_experiment_by_name(self.experiment)
         if experiment is not None and experiment.lifecycle_stage != "active":
-            raise RuntimeError(
-                f"experiment {self.experiment!r} is deleted; restore it or choose another name"
-            )
+            raise RuntimeError(f"experiment {self.experiment!r} is deleted; restore it or choose another name")
         self._experiment_id = (
             experiment.experiment_id
             if experiment

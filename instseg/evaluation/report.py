@@ -111,8 +111,7 @@ def per_class(evaluation: Evaluation) -> list[dict[str, Any]]:
     return rows
 
 
-def _cells(rows: list[dict[str, Any]]) -> list[list[str]]:
-    columns = list(rows[-1])
+def _cells(rows: list[dict[str, Any]], columns: list[str]) -> list[list[str]]:
     return [columns, *([_text(row.get(column, "")) for column in columns] for row in rows)]
 
 
@@ -150,7 +149,7 @@ def write_report(evaluation: Evaluation, out: Path, circumstances: dict[str, Any
     """Write results.json, per_class.csv and report.txt into `out`; their paths."""
     out.mkdir(parents=True, exist_ok=True)
     rows = per_class(evaluation)
-    table = _cells(rows)
+    columns = list(rows[-1])
     results = {
         "unit": "percent",
         "num_images": evaluation.num_images,
@@ -160,7 +159,9 @@ def write_report(evaluation: Evaluation, out: Path, circumstances: dict[str, Any
     }
     write_json(out / "results.json", results)
     with (out / "per_class.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(table)
+        csv.writer(file).writerows(_cells(rows, columns))
+    unseen = [f"ap_r_{t}" for t in THRESHOLDS if t not in TABLE_THRESHOLDS]
+    table = _cells(rows, [column for column in columns if column not in unseen])
     text = "\n".join([summary(evaluation), "", *align(table)])
     (out / "report.txt").write_text(text + "\n")
     return [out / name for name in ("results.json", "per_class.csv", "report.txt")]
