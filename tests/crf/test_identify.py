@@ -36,8 +36,9 @@ def transcription(q, validity, labels, boxes, background):
 
 @pytest.mark.parametrize("background", ["rescored", "literal"])
 def test_equals_the_equation(inputs, background):
-    expected = transcription(*inputs, background)
-    torch.testing.assert_close(identify(*inputs, background), expected, rtol=0, atol=1e-12)
+    q, validity, labels, boxes = inputs
+    expected = transcription(q, validity, labels, boxes, background)
+    torch.testing.assert_close(identify(q, validity, labels, boxes, background), expected, rtol=0, atol=1e-12)
 
 
 def test_detection_order_permutes_the_channels(inputs):
