@@ -137,8 +137,9 @@ class InstanceMap:
 
 
 def box_to_slices(box: np.ndarray, height: int, width: int) -> tuple[slice, slice]:
-    """Rows and columns of the pixels of a box, its corners rounded to the nearest pixel edge; at least one pixel."""
-    x0, y0, x1, y1 = (round(float(value)) for value in box)
+    """Rows and columns of the pixels that a box touches, inside the image; at least one pixel."""
+    x0, y0 = (int(np.floor(value)) for value in box[:2])
+    x1, y1 = (int(np.ceil(value)) for value in box[2:])
     x0, y0 = min(max(x0, 0), width - 1), min(max(y0, 0), height - 1)
     return slice(y0, max(min(y1, height), y0 + 1)), slice(x0, max(min(x1, width), x0 + 1))
 

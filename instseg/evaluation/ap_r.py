@@ -25,7 +25,7 @@ class ImageRecord:
 
     Attributes:
         image_id: Unique in the data set.
-        labels: (P,) int64, class of each predicted instance, in the order of instance ids.
+        labels: (P,) int64, class of each predicted instance that has pixels outside void, in the order of ids.
         scores: (P,) float64, what predictions are ranked by.
         iou: (P, G) float64 in 0..1, void pixels removed from the predictions.
         truth_labels: (G,) int64, class of each true instance that has pixels.
@@ -90,30 +90,31 @@ def image_record(sample: Sample, predicted: InstanceMap, semantic_before: np.nda
         raise ValueError(f"{sample.image_id}: expected ground truth to evaluate against, got none")
     if predicted.semantic is None or not np.isfinite(predicted.scores).all():
         raise ValueError(f"{sample.image_id}: expected a semantic segmentation and finite scores")
-    iou, truth_labels = _instance_iou(sample.instances, sample.instance_labels, sample.semantic, predicted)
+    joint = _joint_histogram(sample.instances, sample.instance_labels, sample.semantic, predicted)
+    union = joint.sum(1)[:, None] + joint.sum(0)[None, :] - joint
+    iou = (joint / np.maximum(union, 1))[1:, 1:]
+    # A prediction of nothing but void pixels claims nothing, so it is no false positive.
+    predictions = joint.sum(1)[1:] > 0
+    truths = (joint.sum(0)[1:] > 0) & (sample.instance_labels > 0)
     return ImageRecord(
         image_id=sample.image_id,
-        labels=predicted.labels.astype(np.int64),
-        scores=predicted.scores.astype(np.float64),
-        iou=iou,
-        truth_labels=truth_labels,
+        labels=predicted.labels[predictions].astype(np.int64),
+        scores=predicted.scores[predictions].astype(np.float64),
+        iou=iou[predictions][:, truths],
+        truth_labels=sample.instance_labels[truths].astype(np.int64),
         confusion_before=confusion_matrix(sample.semantic, semantic_before, num_labels),
         confusion_after=confusion_matrix(sample.semantic, predicted.semantic, num_labels),
     )
 
 
-def _instance_iou(
+def _joint_histogram(
     truth: np.ndarray, truth_labels: np.ndarray, semantic: np.ndarray, predicted: InstanceMap
-) -> tuple[np.ndarray, np.ndarray]:
-    """(P, G) IoU and (G,) classes of the true instances that have pixels, from one joint histogram."""
+) -> np.ndarray:
+    """(P+1, G+1) pixels by predicted and true instance, 0 being none; void pixels do not count."""
     known = (truth > 0) | ((truth == 0) & (semantic != IGNORE_LABEL))
     shape = (len(predicted) + 1, len(truth_labels) + 1)
     joint = np.ravel_multi_index((predicted.instances[known], truth[known]), shape)
-    joint = np.bincount(joint, minlength=shape[0] * shape[1]).reshape(shape)
-    union = joint.sum(1)[:, None] + joint.sum(0)[None, :] - joint
-    iou = (joint / np.maximum(union, 1))[1:, 1:]
-    exists = (joint.sum(0)[1:] > 0) & (truth_labels > 0)
-    return iou[:, exists], truth_labels[exists].astype(np.int64)
+    return np.bincount(joint, minlength=shape[0] * shape[1]).reshape(shape)
 
 
 def ap_r(records: Iterable[ImageRecord], num_labels: int, rule: MatchingRule = "sds") -> ApR:

@@ -201,8 +201,9 @@ def test_void_is_removed_from_predictions() -> None:
     truth = sample([[1, 1, -1, -1, 0, 0]], [2], [[2, 2, 255, 255, 0, 255]])
     predicted = predict([[1, 1, 1, 2, 1, 1]], [2, 2])
     result = image_record(truth, predicted, np.zeros((1, 6), np.int64), NUM_LABELS)
-    # Instance 1 keeps pixels 0, 1, 4 (5 is semantic void on background); instance 2 keeps none.
-    np.testing.assert_array_equal(result.iou, [[2 / 3], [0.0]])
+    # Instance 1 keeps pixels 0, 1, 4 (5 is semantic void on background); instance 2 keeps none and is no claim.
+    np.testing.assert_array_equal(result.iou, [[2 / 3]])
+    assert len(result.labels) == len(result.scores) == 1
     assert result.confusion_after.sum() == result.confusion_before.sum() == 3
     assert result.confusion_after[2].tolist() == [0, 0, 2, 0]
     assert result.confusion_before[2].tolist() == [2, 0, 0, 0]
@@ -225,7 +226,8 @@ def test_iou_against_sets_of_pixels(data: st.DataObject) -> None:
     for p in (1, 2, 3):
         mine = {i for i in known if predicted[i] == p}
         theirs = [{i for i in known if truth[i] == g} for g in (1, 2, 3)]
-        expected.append([len(mine & t) / len(mine | t) for t in theirs if t])
+        if mine:
+            expected.append([len(mine & t) / len(mine | t) for t in theirs if t])
     semantic = [255 if cell == -1 else min(cell, 1) for cell in truth]
     result = image_record(
         sample([truth], [1, 1, 1], [semantic]),
