@@ -109,7 +109,8 @@ class TrainConfig:
     num_epochs: int = 4
     num_workers: int = 2  # the batch: each takes one image a step, on a GPU of its own where there are enough
     cpus_per_worker: int = 1
-    learning_rate_crf: float = 0.05  # Adam, CRF parameters
+    learning_rate_crf: float = 0.01  # Adam, weights of kernels and detections
+    learning_rate_compatibility: float = 0.001  # a tenth of the weights', as in CRF-as-RNN
     learning_rate_network: float = 1e-5  # semantic network, where it is trained
     learning_rate_schedule: Literal["cosine", "constant"] = "cosine"  # cosine falls to 0 at the last step
     semantic_loss_weight: float = 1.0
@@ -121,7 +122,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("num_workers", "cpus_per_worker", "num_epochs", "keep_checkpoints"):
             _positive(name, getattr(self, name))
-        for name in ("learning_rate_crf", "learning_rate_network", "max_failures"):
+        for name in ("learning_rate_crf", "learning_rate_compatibility", "learning_rate_network", "max_failures"):
             _non_negative(name, getattr(self, name))
 
 

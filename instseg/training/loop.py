@@ -129,8 +129,11 @@ def _build(config: TrainConfig, checkpoint: Checkpoint | None) -> _Worker:
     objective = ray.train.torch.prepare_model(
         Objective(network, config), parallel_strategy_kwargs={"gradient_as_bucket_view": True}
     )
+    compatibility = network.semantic_crf.dense.compatibility
+    weights = [parameter for parameter in network.crf_parameters() if parameter is not compatibility]
     groups = [
-        {"params": list(network.crf_parameters()), "lr": config.learning_rate_crf},
+        {"params": weights, "lr": config.learning_rate_crf},
+        {"params": [compatibility], "lr": config.learning_rate_compatibility},
         {"params": list(network.semantic_parameters()), "lr": config.learning_rate_network},
     ]
     optimizer = torch.optim.Adam([group for group in groups if group["params"]])
