@@ -1,0 +1,1 @@
+"""Benchmarks are scripts, not timed tests."""
