@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,17 +21,30 @@ def cluster(num_cpus: int | None = None) -> Iterator[None]:
     """
     import ray
 
-    if ray.is_initialized():
+    ours = not ray.is_initialized()
+    if ours and "RAY_ADDRESS" in os.environ:
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    elif ours:
+        _start_local(max(num_cpus or 1, os.cpu_count() or 1))
+    try:
+        with _terminable():
+            yield
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Leave in order on SIGTERM, which `ray job stop` sends, so that the MLflow run ends as killed."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
-    else:
-        _start_local(max(num_cpus or 1, os.cpu_count() or 1))
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield
     finally:
-        ray.shutdown()
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
 def _start_local(num_cpus: int) -> None:
