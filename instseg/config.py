@@ -106,15 +106,16 @@ class TrainConfig:
     out: str  # run directory: checkpoints, logs; a second run with the same directory resumes
     model: ModelConfig = field(default_factory=ModelConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    num_epochs: int = 4
+    num_epochs: int = 2
     num_workers: int = 2  # the batch: each takes one image a step, on a GPU of its own where there are enough
     cpus_per_worker: int = 1
-    learning_rate_crf: float = 0.01  # Adam, weights of kernels and detections
-    learning_rate_compatibility: float = 0.001  # a tenth of the weights', as in CRF-as-RNN
+    learning_rate_crf: float = 0.05  # Adam, weights of kernels and detections
+    learning_rate_compatibility: float = 0.005  # a tenth of the weights', as in CRF-as-RNN
     learning_rate_network: float = 1e-5  # semantic network, where it is trained
     learning_rate_schedule: Literal["cosine", "constant"] = "cosine"  # cosine falls to 0 at the last step
     semantic_loss_weight: float = 1.0
     instance_loss_weight: float = 1.0
+    loss_floor: float = 0.2  # no pixel costs more than -log of it, in nats; 0 is the plain log-loss
     seed: int = 0
     max_failures: int = 2  # worker failures that a run survives, each from its latest checkpoint
     keep_checkpoints: int = 3  # the latest ones; with FCN-8s each takes 1.6 GB
@@ -122,6 +123,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("num_workers", "cpus_per_worker", "num_epochs", "keep_checkpoints"):
             _positive(name, getattr(self, name))
+        _unit_interval("loss_floor", self.loss_floor)
         for name in ("learning_rate_crf", "learning_rate_compatibility", "learning_rate_network", "max_failures"):
             _non_negative(name, getattr(self, name))
 

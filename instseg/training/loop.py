@@ -51,9 +51,10 @@ class Objective(nn.Module):
     def forward(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
         """Total, semantic and instance loss, scalars in nats per pixel."""
         output = self.network(sample)
-        semantic = semantic_loss(output.log_q, sample.semantic)
+        semantic = semantic_loss(output.log_q, sample.semantic, self.config.loss_floor)
         labels = sample.detections.labels
-        instance = instance_loss(output.instance_log_q, labels, sample.instances, sample.instance_labels)
+        truth = sample.instances, sample.instance_labels
+        instance = instance_loss(output.instance_log_q, labels, *truth, self.config.loss_floor)
         total = self.config.semantic_loss_weight * semantic + self.config.instance_loss_weight * instance
         # An ablation leaves CRF parameters out of the graph; DDP waits for the gradient of every one.
         return total + 0 * sum(p.sum() for p in self.network.crf_parameters()), semantic, instance

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -13,27 +14,34 @@ from instseg.structures import BACKGROUND, IGNORE_LABEL
 _VOID = -1
 
 
-def log_loss(log_q: Tensor, target: Tensor) -> Tensor:
+def log_loss(log_q: Tensor, target: Tensor, floor: float = 0.0) -> Tensor:
     """Mean negative log-likelihood of the pixels that are not void; 0 where all of them are.
 
     Args:
         log_q: (L, H, W) log-probabilities in nats.
         target: (H, W) int64 label per pixel, -1 for void.
+        floor: In [0, 1): the loss is that of (1 - floor) q + floor, so that no pixel costs more than -log(floor). The
+            plain log-loss (0) is ruled by pixels that are surely wrong, such as those of an object outside the box of
+            its detection, and answers them by making the whole CRF unsure.
 
     Returns:
         Scalar in nats per pixel. Its graph reaches `log_q` in every case, so that DDP sees every parameter.
     """
-    num_pixels = (target != _VOID).sum().clamp(min=1)
+    known = (target != _VOID).flatten()
     rows = log_q.flatten(1).T.contiguous()  # the CRFs' own layout, so that nothing is copied
-    return F.nll_loss(rows, target.flatten(), ignore_index=_VOID, reduction="sum") / num_pixels
+    of_target = rows.gather(1, target.flatten().clamp(min=0)[:, None])[:, 0]
+    if floor:
+        of_target = torch.logaddexp(of_target + math.log1p(-floor), of_target.new_tensor(math.log(floor)))
+    return -of_target[known].sum() / known.sum().clamp(min=1)
 
 
-def semantic_loss(log_q: Tensor, semantic: np.ndarray | None) -> Tensor:
+def semantic_loss(log_q: Tensor, semantic: np.ndarray | None, floor: float = 0.0) -> Tensor:
     """Pixel log-loss of the semantic segmentation (paper section 3.2).
 
     Args:
         log_q: (L, H, W) log-marginals of the semantic CRF.
         semantic: (H, W) uint8 ground truth, 255 void; None counts as void everywhere.
+        floor: As in `log_loss`.
 
     Returns:
         Scalar in nats per pixel.
@@ -41,11 +49,15 @@ def semantic_loss(log_q: Tensor, semantic: np.ndarray | None) -> Tensor:
     if semantic is None:
         semantic = np.full(log_q.shape[1:], IGNORE_LABEL)
     target = np.where(semantic == IGNORE_LABEL, _VOID, semantic.astype(np.int64))
-    return log_loss(log_q, torch.from_numpy(target).to(log_q.device))
+    return log_loss(log_q, torch.from_numpy(target).to(log_q.device), floor)
 
 
 def instance_loss(
-    log_q: Tensor, labels: np.ndarray, instances: np.ndarray | None, instance_labels: np.ndarray
+    log_q: Tensor,
+    labels: np.ndarray,
+    instances: np.ndarray | None,
+    instance_labels: np.ndarray,
+    floor: float = 0.0,
 ) -> Tensor:
     """Cross-entropy of the instance CRF against the ground truth renamed after its matched detections.
 
@@ -56,6 +68,7 @@ def instance_loss(
         labels: (D,) class of each detection.
         instances: (H, W) ground truth as in `Sample`; None counts as void everywhere.
         instance_labels: (G,) class of each ground-truth instance.
+        floor: As in `log_loss`.
 
     Returns:
         Scalar in nats per pixel.
@@ -65,7 +78,7 @@ def instance_loss(
     predicted = log_q.detach().argmax(0).cpu().numpy()
     assigned = match_instances(predicted, labels, instances, instance_labels)
     names = np.concatenate([[BACKGROUND], assigned + 1, [_VOID]])  # void pixels, -1, read the last entry
-    return log_loss(log_q, torch.from_numpy(names[instances]).to(log_q.device))
+    return log_loss(log_q, torch.from_numpy(names[instances]).to(log_q.device), floor)
 
 
 def match_instances(

@@ -99,3 +99,16 @@ def test_gradients_agree_with_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda x: log_loss(x.log_softmax(0), target), (logits,))
     transposed = logits.detach().permute(1, 2, 0).contiguous().requires_grad_()  # as the CRFs give it
     assert torch.autograd.gradcheck(lambda x: log_loss(x.log_softmax(2).permute(2, 0, 1), target), (transposed,))
+
+
+def test_a_floor_bounds_what_a_sure_mistake_costs() -> None:
+    log_q = torch.tensor([[[-0.1, -60.0]], [[-2.35, 0.0]]], dtype=torch.float64, requires_grad=True)
+    target = torch.zeros(1, 2, dtype=torch.int64)
+    q = log_q.detach()[0, 0].exp()
+    expected = -torch.log(0.8 * q + 0.2).mean()
+    torch.testing.assert_close(log_loss(log_q, target, 0.2), expected)
+    assert log_loss(log_q, target, 0.2) < -np.log(0.2)
+    assert log_loss(log_q, target) > 30
+    assert torch.autograd.gradcheck(
+        lambda x: log_loss(x, target, 0.2), (log_q.detach().clamp(min=-5).requires_grad_(),)
+    )
