@@ -1,0 +1,1 @@
+"""Semantic networks, and the whole network of Figure 2."""
