@@ -22,10 +22,9 @@ def main() -> None:
     tracking = TrackingConfig(uri=f"sqlite:///{OUT.resolve()}/mlflow.db")
     devkit = OUT / "devkit"
     write_synthetic_devkit(str(devkit), num_train=60, num_val=40, seed=0)
-    inputs = {"detections": devkit / "detections.json", "logits": devkit / "logits", "classes": devkit / "classes.txt"}
-    paths = {name: str(path) for name, path in inputs.items()}
     for split in ("train", "val"):
-        prepare(PrepareConfig(devkit=str(devkit), split=split, out=str(OUT / split), **paths))
+        config = PrepareConfig(str(devkit), split, detections=f"{devkit}/detections.json", out=str(OUT / split))
+        prepare(replace(config, logits=f"{devkit}/logits", classes=f"{devkit}/classes.txt"))
     run = replace(synthetic(str(OUT / "train"), str(OUT / "run")), tracking=tracking)
     train(run)
     ablate(AblateConfig(str(OUT / "val"), str(OUT / "report"), checkpoint=run.out, tracking=tracking))
