@@ -101,7 +101,13 @@ def submit(head: Head, *command: str) -> str:
 
 def test_jobs_run_to_success_in_both_forms(head: Head, tiny_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    options = [f"--data={tiny_data}", f"--out={run}", "--num-epochs=1", f"--tracking.uri=sqlite:///{tmp_path}/m.db"]
+    options = [
+        f"--data={tiny_data}",
+        f"--out={run}",
+        "--num-epochs=1",
+        "--num-workers=1",
+        f"--tracking.uri=sqlite:///{tmp_path}/m.db",
+    ]
     output = submit(head, "python", "workflows/train.py", *options)
     assert "epoch 1/1 done" in output
     assert find_checkpoint(run).state["epoch"] == 1
