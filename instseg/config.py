@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Normalization = Literal["after", "symmetric", "none"]
-Ablation = Literal["full", "validity_ignored", "no_detection_potentials", "no_crf", "naive"]
+Ablation = Literal["full", "validity_ignored", "no_detection_potentials", "identification", "naive"]
 MatchingRule = Literal["sds", "authors", "voc07"]
 
 
@@ -65,7 +65,8 @@ class ModelConfig:
     instance_crf: InstanceCrfConfig = field(default_factory=InstanceCrfConfig)
     background: Literal["rescored", "literal"] = "rescored"  # channel d0 inside boxes, ALGORITHM section 4
     score: Literal["validity", "mask"] = "validity"  # what instances are ranked by, ALGORITHM section 6
-    ablation: Ablation = "full"  # which row of the paper's Table 1 to compute
+    # A row of the paper's Table 1; "identification" is row 1 without the instance CRF, "naive" is section 3.3's.
+    ablation: Ablation = "full"
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,9 @@ class TrainConfig:
     learning_rate_compatibility: float = 0.005  # a tenth of the weights', as in CRF-as-RNN
     learning_rate_network: float = 1e-5  # semantic network, where it is trained
     learning_rate_schedule: Literal["cosine", "constant"] = "cosine"  # cosine falls to 0 at the last step
-    semantic_loss_weight: float = 1.0
+    semantic_loss_weight: float = 0.1
     instance_loss_weight: float = 1.0
+    instance_loss: Literal["iou", "log"] = "iou"  # a mean over matched instances, or the cross-entropy over pixels
     loss_floor: float = 0.2  # no pixel costs more than -log of it, in nats; 0 is the plain log-loss
     seed: int = 0
     max_failures: int = 2  # worker failures that a run survives, each from its latest checkpoint

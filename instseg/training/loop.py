@@ -49,12 +49,12 @@ class Objective(nn.Module):
         self.config = config
 
     def forward(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
-        """Total, semantic and instance loss, scalars in nats per pixel."""
+        """Total, semantic and instance loss, scalars."""
         output = self.network(sample)
         semantic = semantic_loss(output.log_q, sample.semantic, self.config.loss_floor)
         labels = sample.detections.labels
-        truth = sample.instances, sample.instance_labels
-        instance = instance_loss(output.instance_log_q, labels, *truth, self.config.loss_floor)
+        truth, config = (sample.instances, sample.instance_labels), self.config
+        instance = instance_loss(output.instance_log_q, labels, *truth, config.instance_loss, config.loss_floor)
         total = self.config.semantic_loss_weight * semantic + self.config.instance_loss_weight * instance
         # An ablation leaves CRF parameters out of the graph; DDP waits for the gradient of every one.
         return total + 0 * sum(p.sum() for p in self.network.crf_parameters()), semantic, instance

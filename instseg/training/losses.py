@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,6 +36,29 @@ def log_loss(log_q: Tensor, target: Tensor, floor: float = 0.0) -> Tensor:
     return -of_target[known].sum() / known.sum().clamp(min=1)
 
 
+def iou_loss(log_q: Tensor, target: Tensor) -> Tensor:
+    """One minus the soft intersection over union, averaged over the labels that the target has; 0 where all is void.
+
+    A small object counts as much as the background, as it does in AP^r, and a sure mistake costs what an area does.
+
+    Args:
+        log_q: (L, H, W) log-probabilities in nats.
+        target: (H, W) int64 label per pixel, -1 for void.
+
+    Returns:
+        Scalar in 0..1. Its graph reaches `log_q` in every case.
+    """
+    known = (target != _VOID).flatten()
+    labels = target.flatten()[known]
+    q = log_q.flatten(1).T[known].exp()
+    of_target = q.gather(1, labels[:, None])[:, 0]
+    intersection = q.new_zeros(len(log_q)).index_add(0, labels, of_target)
+    counts = torch.bincount(labels, minlength=len(log_q))
+    union = counts + q.sum(0) - intersection
+    present = counts > 0
+    return (1.0 - intersection[present] / union[present]).sum() / present.sum().clamp(min=1)
+
+
 def semantic_loss(log_q: Tensor, semantic: np.ndarray | None, floor: float = 0.0) -> Tensor:
     """Pixel log-loss of the semantic segmentation (paper section 3.2).
 
@@ -57,28 +81,31 @@ def instance_loss(
     labels: np.ndarray,
     instances: np.ndarray | None,
     instance_labels: np.ndarray,
+    kind: Literal["iou", "log"] = "log",
     floor: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy of the instance CRF against the ground truth renamed after its matched detections.
+    """Distance of the instance CRF from the ground truth renamed after its matched detections.
 
-    The matching loss of Arnab & Torr, CVPR 2017, section 3.4; the BMVC paper gives none.
+    The matching of Arnab & Torr, CVPR 2017, section 3.4; the BMVC paper gives none.
 
     Args:
         log_q: (D+1, H, W) log-marginals of the instance CRF; 0 is background.
         labels: (D,) class of each detection.
         instances: (H, W) ground truth as in `Sample`; None counts as void everywhere.
         instance_labels: (G,) class of each ground-truth instance.
+        kind: `log`, the cross-entropy of that paper, or `iou_loss`.
         floor: As in `log_loss`.
 
     Returns:
-        Scalar in nats per pixel.
+        Scalar, in nats per pixel with `log`, in 0..1 with `iou`.
     """
     if instances is None:
         instances = np.full(log_q.shape[1:], _VOID)
     predicted = log_q.detach().argmax(0).cpu().numpy()
     assigned = match_instances(predicted, labels, instances, instance_labels)
     names = np.concatenate([[BACKGROUND], assigned + 1, [_VOID]])  # void pixels, -1, read the last entry
-    return log_loss(log_q, torch.from_numpy(names[instances]).to(log_q.device), floor)
+    target = torch.from_numpy(names[instances]).to(log_q.device)
+    return iou_loss(log_q, target) if kind == "iou" else log_loss(log_q, target, floor)
 
 
 def match_instances(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from instseg.training.losses import instance_loss, log_loss, match_instances, semantic_loss
+from instseg.training.losses import instance_loss, iou_loss, log_loss, match_instances, semantic_loss
 
 Scene = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -112,3 +112,21 @@ def test_a_floor_bounds_what_a_sure_mistake_costs() -> None:
     assert torch.autograd.gradcheck(
         lambda x: log_loss(x, target, 0.2), (log_q.detach().clamp(min=-5).requires_grad_(),)
     )
+
+
+def test_iou_loss_is_one_minus_the_mean_iou_of_hard_labels_and_soft_ones_have_a_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(-1, 3, (6, 7), generator=generator)
+    predicted = torch.randint(0, 4, (6, 7), generator=generator)
+    hard = torch.nn.functional.one_hot(predicted, 4).permute(2, 0, 1).double().clamp(min=1e-300).log()
+    ious = []
+    for label in range(3):
+        mine, theirs = (predicted == label) & (target >= 0), target == label
+        ious.append(((mine & theirs).sum() / (mine | theirs).sum()).item())
+    assert iou_loss(hard, target).item() == pytest.approx(1 - np.mean(ious))
+    soft = torch.randn(4, 6, 7, generator=generator, dtype=torch.float64).log_softmax(0).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: iou_loss(x, target), (soft,))
+    nothing = iou_loss(soft, torch.full((6, 7), -1))
+    nothing.backward()
+    assert nothing == 0
+    assert soft.grad is not None
