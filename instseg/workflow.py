@@ -33,7 +33,7 @@ from instseg.visualize import save_panel
 
 Config = TypeVar("Config")
 State = dict[str, np.ndarray]
-ROWS: tuple[Ablation, ...] = ("naive", "no_crf", "no_detection_potentials", "validity_ignored", "full")
+ROWS: tuple[Ablation, ...] = ("naive", "identification", "no_detection_potentials", "validity_ignored", "full")
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:

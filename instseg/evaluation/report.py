@@ -22,7 +22,7 @@ RULES: tuple[MatchingRule, ...] = get_args(MatchingRule)
 TABLE_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)  # the columns of the paper's tables
 ROW_TITLES: dict[Ablation, str] = {
     "naive": "naive assignment (3.3)",
-    "no_crf": "identification, no CRFs",
+    "identification": "identification alone",
     "no_detection_potentials": "1 no detection potentials",
     "validity_ignored": "2 validity Y ignored",
     "full": "3 full",

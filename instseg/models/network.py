@@ -80,7 +80,9 @@ class InstanceNetwork(nn.Module):
         log_identity = identify(log_q.exp(), validity, labels, boxes, self.config.background)
         if self.config.instance_crf.kernels != self.config.semantic_crf.kernels:
             kernels = build_kernels(image, self.config.instance_crf.kernels)
-        instance_log_q = log_identity if self.config.ablation == "no_crf" else self.instance_crf(log_identity, kernels)
+        instance_log_q = (
+            log_identity if self.config.ablation == "identification" else self.instance_crf(log_identity, kernels)
+        )
         return NetworkOutput(
             logits,
             log_q.T.unflatten(1, (height, width)),
@@ -107,9 +109,7 @@ class InstanceNetwork(nn.Module):
         flat = logits.flatten(1).T.contiguous()
         labels = self._tensor(detections.labels, torch.int64)
         scores = self._tensor(detections.scores)
-        if self.config.ablation == "no_crf":
-            return flat.log_softmax(1), scores
-        if self.config.ablation == "no_detection_potentials":
+        if self.config.ablation in ("identification", "no_detection_potentials"):
             return self.semantic_crf(flat, kernels, None).log_q, scores
         if detections.foregrounds is None:
             raise ValueError("detections: expected foregrounds, got None; compute them with compute_foregrounds")

@@ -105,7 +105,7 @@ def test_instance_loss_gradient_reaches_validity_weights():
     assert model.semantic_crf.detection_weight_y.grad[1] != 0  # pyright: ignore[reportOptionalSubscript]
 
 
-@pytest.mark.parametrize("ablation", ["no_crf", "no_detection_potentials", "validity_ignored"])
+@pytest.mark.parametrize("ablation", ["identification", "no_detection_potentials", "validity_ignored"])
 def test_ablations_rank_by_the_detector(ablation):
     sample, model = two_squares(), network(ablation=ablation)
     torch.testing.assert_close(model(sample).validity, torch.tensor([0.9, 0.6, 0.3]))
@@ -113,16 +113,21 @@ def test_ablations_rank_by_the_detector(ablation):
 
 def test_ablations_are_what_they_say():
     sample = two_squares()
-    outputs = {
-        a: network(ablation=a)(sample) for a in ("no_crf", "no_detection_potentials", "validity_ignored", "full")
-    }
-    torch.testing.assert_close(outputs["no_crf"].log_q, outputs["no_crf"].semantic_logits.log_softmax(0))
+    names = ("identification", "no_detection_potentials", "validity_ignored", "full")
+    outputs = {name: network(ablation=name)(sample) for name in names}
     torch.testing.assert_close(outputs["validity_ignored"].log_q, outputs["full"].log_q)
+    torch.testing.assert_close(outputs["identification"].log_q, outputs["no_detection_potentials"].log_q)
     assert not torch.allclose(outputs["no_detection_potentials"].log_q, outputs["full"].log_q)
-    still = ModelConfig(
-        semantic_crf=SemanticCrfConfig(num_iterations=0), instance_crf=InstanceCrfConfig(num_iterations=0)
-    )
-    torch.testing.assert_close(InstanceNetwork(still, 3)(sample).instance_log_q, outputs["no_crf"].instance_log_q)
+    still = ModelConfig(instance_crf=InstanceCrfConfig(num_iterations=0), ablation="no_detection_potentials")
+    log_q = InstanceNetwork(still, 3)(sample).instance_log_q
+    torch.testing.assert_close(log_q, outputs["identification"].instance_log_q)
+
+
+def test_no_iterations_leave_the_networks_outputs():
+    still = ModelConfig(semantic_crf=SemanticCrfConfig(num_iterations=0))
+    output = InstanceNetwork(still, 3)(two_squares())
+    torch.testing.assert_close(output.log_q, output.semantic_logits.log_softmax(0))
+    torch.testing.assert_close(output.validity, torch.tensor([0.9, 0.6, 0.3]))
 
 
 def test_naive_assignment_cannot_share_a_box():

@@ -133,8 +133,8 @@ def test_evaluate_reports_and_records(config: EvaluateConfig, capsys: pytest.Cap
 def test_ablate_puts_the_rows_side_by_side(config: EvaluateConfig) -> None:
     rows = ablate(AblateConfig(**{**vars(config), "num_figures": 0}))
     assert tuple(rows) == ROWS
-    alone = evaluate(replace(config, num_figures=0, model=ModelConfig(ablation="no_crf")))
-    assert alone.metrics() == pytest.approx(rows["no_crf"].metrics(), nan_ok=True)
+    alone = evaluate(replace(config, num_figures=0, model=ModelConfig(ablation="identification")))
+    assert alone.metrics() == pytest.approx(rows["identification"].metrics(), nan_ok=True)
     out = Path(config.out)
     table = (out / "ablation.md").read_text().splitlines()
     assert len(table) == 2 + len(ROWS)

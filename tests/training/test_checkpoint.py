@@ -46,7 +46,7 @@ def test_a_network_comes_back_as_it_was(tmp_path: Path) -> None:
 
 def test_another_ablation_may_be_run_with_the_same_weights(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    config = replace(MODEL, ablation="no_crf", score="mask")
+    config = replace(MODEL, ablation="identification", score="mask")
     assert load_network(tmp_path, config).config == config
 
 
