@@ -107,7 +107,7 @@ class TrainConfig:
     out: str  # run directory: checkpoints, logs; a second run with the same directory resumes
     model: ModelConfig = field(default_factory=ModelConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    num_epochs: int = 2
+    num_epochs: int = 1
     num_workers: int = 2  # the batch: each takes one image a step, on a GPU of its own where there are enough
     cpus_per_worker: int = 1
     learning_rate_crf: float = 0.05  # Adam, weights of kernels and detections
