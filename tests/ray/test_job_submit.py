@@ -110,6 +110,7 @@ def listening(process: Any) -> list[str]:
     return []
 
 
+@pytest.mark.timeout(600)  # three process trees import torch one after the other
 def test_jobs_run_to_success_in_both_forms(head: Head, tiny_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = [
