@@ -40,6 +40,8 @@ def make_config(data: Path, run: Path) -> TrainConfig:
         out=str(run),
         num_epochs=NUM_EPOCHS,
         keep_checkpoints=NUM_EPOCHS - 1,
+        semantic_loss_weight=1.0,  # so that both losses are what training lowers
+        instance_loss="log",
         learning_rate_crf=0.01,
         learning_rate_compatibility=0.001,
         tracking=tracking,
