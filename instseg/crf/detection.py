@@ -44,7 +44,8 @@ class DetectionPotential:
     @property
     def unary_logit(self) -> Tensor:
         """(D,) psi_U(0) - psi_U(1): the evidence for Y_d = 1 from the detector alone."""
-        return initial_logit(self.scores, self.unary)
+        scores = self.initial_validity
+        return torch.logit(scores) if self.unary == "logit" else 2.0 * scores - 1.0
 
     def pixel_message(self, validity: Tensor) -> Tensor:
         """(N, L) energy that detections add to each pixel's labels, given `validity` (D,); overlaps add up.
@@ -59,20 +60,18 @@ class DetectionPotential:
 
     def validity_logit(self, q: Tensor) -> Tensor:
         """(D,) logit Q(Y_d = 1) given marginals `q` (N, L): unary plus agreement of F_d with l_d."""
-        agreement = (self.foregrounds @ q).gather(1, self.labels[:, None])[:, 0]
+        agreement = self._agreement(q)
         return self.unary_logit + self._kappa(self.weight_y) * (2.0 * agreement - self.foregrounds.sum(1))
 
     def expected_energy(self, q: Tensor, validity: Tensor) -> Tensor:
         """E_Q of Eq. 2 summed over detections, `tied` form: the free energy's higher-order term."""
-        agreement = (self.foregrounds @ q).gather(1, self.labels[:, None])[:, 0]
+        agreement = self._agreement(q)
         disagreement = self.foregrounds.sum(1) - agreement
         return (self._kappa(self.weight_y) * ((1.0 - validity) * agreement + validity * disagreement)).sum()
 
+    def _agreement(self, q: Tensor) -> Tensor:
+        """(D,) S_d, the sum over F_d of Q_i(l_d)."""
+        return (self.foregrounds @ q).gather(1, self.labels[:, None])[:, 0]
+
     def _kappa(self, weight: Tensor) -> Tensor:
         return weight[self.labels] * self.scores / self.foregrounds.sum(1).clamp(min=1.0)
-
-
-def initial_logit(scores: Tensor, unary: Literal["logit", "linear"]) -> Tensor:
-    """(D,) logit of Y_d from its unary potential alone."""
-    scores = scores.clamp(max=MAX_SCORE)
-    return torch.logit(scores) if unary == "logit" else 2.0 * scores - 1.0
