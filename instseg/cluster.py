@@ -49,7 +49,12 @@ def _terminable() -> Iterator[None]:
 
 def _start_local(num_cpus: int) -> None:
     import ray
+    from ray._private import ray_constants
 
+    # Ray replaces the loopback address by one that other machines reach, and listens on all of them, unless this is off
+    # (despite the variable's name, on Linux too). The variable is for the processes that it starts.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
     # Ray makes a token for a local cluster, which is right, and warns of it.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     repository = Path(__file__).resolve().parents[1]
