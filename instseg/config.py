@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+Accuracy = Literal["fast", "ring", "exact"]
 Normalization = Literal["after", "symmetric", "none"]
 Ablation = Literal["full", "validity_ignored", "no_detection_potentials", "identification", "naive"]
 MatchingRule = Literal["sds", "authors", "voc07"]
@@ -18,6 +19,9 @@ class KernelConfig:
     theta_beta: float = 5.0  # bilateral, RGB levels 0..255
     theta_gamma: float = 3.0  # spatial, pixels
     normalization: Normalization = "after"
+    # "fast": the lattice of the reference library; "ring": with the vertices next to those that pixels touch, more
+    # exact for more memory and time; "exact": brute force, quadratic in pixels. benchmarks/README.md has the figures.
+    accuracy: Accuracy = "fast"
 
     def __post_init__(self) -> None:
         for name in ("theta_alpha", "theta_beta", "theta_gamma"):

@@ -15,6 +15,19 @@ def gaussian_kernel(features: Tensor) -> Tensor:
 
 
 @dataclass
+class DenseKernels:
+    """Kernels written out as matrices (N, N), with the interface of `instseg.crf.pairwise.Kernels`."""
+
+    kernels: list[Tensor]
+
+    def energy(self, q: Tensor, energy: Tensor, matrices: Tensor) -> Tensor:
+        return energy + sum(kernel @ q @ matrix for kernel, matrix in zip(self.kernels, matrices, strict=True))
+
+    def update(self, q: Tensor, energy: Tensor, matrices: Tensor) -> Tensor:
+        return (-self.energy(q, energy, matrices)).softmax(1)
+
+
+@dataclass
 class TinyCRF:
     """Eq. 3 on a handful of pixels, every energy written out as in the paper.
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from instseg.config import KernelConfig, SemanticCrfConfig
 from instseg.crf.detection import DetectionPotential
-from instseg.crf.mean_field import MeanFieldState, mean_field
-from instseg.crf.pairwise import Kernel, build_kernels, pairwise_message, potts
+from instseg.crf.mean_field import MeanFieldState, PairwiseTerm, mean_field
+from instseg.crf.pairwise import Kernels, build_kernels, message_matrices, potts
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 
@@ -45,11 +45,11 @@ class DenseCRF(nn.Module):
         self.num_iterations = num_iterations
         self.spatial_weight = nn.Parameter(torch.full((num_labels,), spatial_weight))
         self.bilateral_weight = nn.Parameter(torch.full((num_labels,), bilateral_weight))
-        self.compatibility = nn.Parameter(potts(num_labels))
+        self.compatibility = nn.Parameter(potts(num_labels, self.spatial_weight.detach()))
 
-    def pairwise(self, q: Tensor, kernels: Sequence[Kernel]) -> Tensor:
-        """The pairwise message (N, L) of marginals `q` (N, L)."""
-        return pairwise_message(q, kernels, (self.spatial_weight, self.bilateral_weight), self.compatibility)
+    def pairwise(self, kernels: Kernels) -> PairwiseTerm:
+        """The pairwise term with an image's kernels."""
+        return PairwiseTerm(kernels, message_matrices((self.spatial_weight, self.bilateral_weight), self.compatibility))
 
     def forward(self, image: Array, unary: Array) -> Array:
         """Marginals (L, H, W) of an image (H, W, 3), RGB 0..255, with unary energies (L, H, W) in nats.
@@ -73,7 +73,7 @@ class DenseCRF(nn.Module):
         dtype = self.spatial_weight.dtype
         kernels = build_kernels(image.to(dtype), self.kernel_config)
         flat = unary.to(dtype).flatten(1).T.contiguous()
-        q = mean_field(flat, lambda q: self.pairwise(q, kernels), None, self.num_iterations).q
+        q = mean_field(flat, self.pairwise(kernels), None, self.num_iterations).q
         return q.T.reshape(unary.shape)
 
 
@@ -106,8 +106,6 @@ class HigherOrderCRF(nn.Module):
             self.config.validity_unary,
         )
 
-    def forward(
-        self, logits: Tensor, kernels: Sequence[Kernel], detections: DetectionPotential | None
-    ) -> MeanFieldState:
+    def forward(self, logits: Tensor, kernels: Kernels, detections: DetectionPotential | None) -> MeanFieldState:
         """Q and Pr(Y) from the semantic network's `logits` (N, L)."""
-        return mean_field(-logits, lambda q: self.dense.pairwise(q, kernels), detections, self.config.num_iterations)
+        return mean_field(-logits, self.dense.pairwise(kernels), detections, self.config.num_iterations)

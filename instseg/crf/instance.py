@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from instseg.config import InstanceCrfConfig
-from instseg.crf.mean_field import mean_field
-from instseg.crf.pairwise import Kernel, pairwise_message
+from instseg.crf.mean_field import PairwiseTerm, mean_field
+from instseg.crf.pairwise import Kernels, message_matrices, potts
 
 
 class InstanceCRF(nn.Module):
@@ -25,8 +23,8 @@ class InstanceCRF(nn.Module):
         self.spatial_weight = nn.Parameter(torch.tensor(config.spatial_weight))
         self.bilateral_weight = nn.Parameter(torch.tensor(config.bilateral_weight))
 
-    def forward(self, log_identity: Tensor, kernels: Sequence[Kernel]) -> Tensor:
+    def forward(self, log_identity: Tensor, kernels: Kernels) -> Tensor:
         """Log Q(v) (N, D+1) from log Pr(v) (N, D+1) of Eq. 4, whose negative is the unary."""
         weights = (self.spatial_weight, self.bilateral_weight)
-        num_iterations = self.config.num_iterations
-        return mean_field(-log_identity, lambda q: pairwise_message(q, kernels, weights), None, num_iterations).log_q
+        matrices = message_matrices(weights, potts(log_identity.shape[1], log_identity))
+        return mean_field(-log_identity, PairwiseTerm(kernels, matrices), None, self.config.num_iterations).log_q

@@ -1,31 +1,57 @@
 """The permutohedral lattice (Adams, Baek, Davis 2010): Gaussian filtering in time linear in pixels and labels.
 
-A lattice is built once per image and set of features. It is three fixed linear maps, splat (pixels to vertices), blur
-(along each of the C+1 lattice directions) and slice (vertices to pixels), so that it serves every mean-field iteration,
-the backward pass, and both CRFs.
+A lattice is built once per image. It is three fixed sparse maps, splat (pixels to vertices), blur (along each of the
+C+1 lattice directions) and slice (vertices to pixels), so that it serves every mean-field iteration, the backward pass,
+and both CRFs. Several kernels, each with its own features, lie side by side in one lattice: their corners are columns
+of the same arrays, so that a pixel is read and written once per iteration. Several images lie one after another.
+
+What the maps compute is said here; how, by one backend a file: `lattice_numba` on a CPU, `lattice_triton` on a GPU and
+`lattice_torch` anywhere.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.util import find_spec
+from math import prod
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.autograd.function import once_differentiable
+
+from instseg.config import Normalization
+
+
+class Blur(NamedTuple):
+    """One kernel's part of a lattice.
+
+    Attributes:
+        start: Its first vertex.
+        stop: One past its last vertex.
+        neighbors: (C+1, 2, stop - start) int32, both neighbours of each vertex in each direction; -1 where there is none.
+    """
+
+    start: int
+    stop: int
+    neighbors: Tensor
 
 
 @dataclass(frozen=True)
 class Lattice:
-    """The linear operator K ~ exp(-|f_i - f_j|^2 / 2) over the feature vectors f of N points, C features each.
+    """The linear operators K_m ~ exp(-|f_i - f_j|^2 / 2) over the feature vectors f of N points, one for each kernel m.
 
     Attributes:
-        vertices: (N, C+1) int32 in 0..M-1, the simplex that encloses each point.
-        slice_weights: (N, C+1) float, barycentric coordinates of the point in it, times the operator's scale.
-        splat_points: (N*(C+1),) int32, the points that touch vertex 0, then those of vertex 1, ...
-        splat_weights: (N*(C+1),) float, their barycentric coordinates.
+        vertices: (N, C) int32 in 0..M-1, the corners of the simplices that enclose each point, kernel by kernel.
+        slice_weights: (N, C) float, barycentric coordinates of the point in them, normalised.
+        splat_points: (N*C,) int32, the points that touch vertex 0, then those of vertex 1, ...
+        splat_weights: (N*C,) float, their barycentric coordinates, normalised.
         splat_offsets: (M+1,) int32, where each vertex's run starts.
-        neighbors: (C+1, 2, M+1) int32, both neighbours of each vertex in each direction; M stands for an absent one.
+        blurs: One for each kernel.
+        scales: (N, number of kernels) what slicing multiplies by and splatting does not; None where both are alike.
     """
 
     vertices: Tensor
@@ -33,159 +59,225 @@ class Lattice:
     splat_points: Tensor
     splat_weights: Tensor
     splat_offsets: Tensor
-    neighbors: Tensor
+    blurs: tuple[Blur, ...]
+    scales: Tensor | None = None
 
     @property
     def num_vertices(self) -> int:
-        """M, the number of lattice vertices that some point touches."""
+        """M, over all kernels."""
         return self.splat_offsets.shape[0] - 1
 
-    def filter(self, values: Tensor) -> Tensor:
-        """Apply the operator to `values` (N, L); differentiable, with the exact adjoint as its backward."""
-        return _Filter.apply(values, self)  # pyright: ignore[reportReturnType]
+    @property
+    def backend(self) -> ModuleType:
+        """The module that applies the maps."""
+        return _backend(self.vertices.device)
 
-    def apply_operator(self, values: Tensor, transpose: bool = False) -> Tensor:
-        """K values, or K^T values: slice and splat are each other's transpose, each blur is symmetric."""
-        on_vertices = self._blur(self._splat(values), transpose)
-        return embedding_bag(self.vertices, on_vertices, mode="sum", per_sample_weights=self.slice_weights)
+    def splat_and_blur(self, values: Tensor) -> Tensor:
+        """(M+1, L) on the vertices from `values` (N, L); the last row is 0 and stands for absent neighbours."""
+        return self.backend.blur(self.blurs, self.backend.splat(self, values.contiguous()))
 
-    def _splat(self, values: Tensor) -> Tensor:
-        offsets = self.splat_offsets[:-1]
-        return embedding_bag(self.splat_points, values, offsets, mode="sum", per_sample_weights=self.splat_weights)
+    def slice(self, on_vertices: Tensor, energy: Tensor | None = None) -> Tensor:
+        """(N, L): `energy`, if any, plus what each point reads from its corners."""
+        return self.backend.slice_rows(self, on_vertices, energy)
 
-    def _blur(self, values: Tensor, reverse: bool) -> Tensor:
-        # Row M is a vertex that is always 0, read in place of an absent neighbour.
-        values = torch.cat([values, values.new_zeros(1, values.shape[1])])
-        for before, after in self.neighbors.flip(0) if reverse else self.neighbors:
-            blurred = values.index_select(0, before)
-            blurred += values.index_select(0, after)
-            blurred *= 0.5
-            blurred += values
-            blurred[-1] = 0
-            values = blurred
-        return values[:-1]
+    def energy(self, q: Tensor, energy: Tensor, matrices: Tensor) -> Tensor:
+        """`energy` (N, L) plus the message sum_m K_m q A_m, with `matrices` A (number of kernels, L, L).
+
+        Differentiable in all three, with the exact adjoint as its backward.
+        """
+        return _Message.apply(q, energy, matrices, self, False)  # pyright: ignore[reportReturnType]
+
+    def update(self, q: Tensor, energy: Tensor, matrices: Tensor) -> Tensor:
+        """softmax(-energy(...)) (N, L): the marginals after one mean-field step."""
+        return _Message.apply(q, energy, matrices, self, True)  # pyright: ignore[reportReturnType]
+
+    @cached_property
+    def adjoint(self) -> Lattice:
+        """The operators' transposes: slice and splat change places, and each blur, symmetric in itself, its order."""
+        blurs = tuple(Blur(start, stop, neighbors.flip(0)) for start, stop, neighbors in self.blurs)
+        if self.scales is None:
+            return replace(self, blurs=blurs)
+        corners = torch.tensor([len(blur.neighbors) for blur in self.blurs], device=self.scales.device)
+        kernel = torch.arange(len(self.blurs), device=self.scales.device)
+        runs = torch.stack([self.splat_offsets[blur.stop] - self.splat_offsets[blur.start] for blur in self.blurs])
+        scales = self.scales[self.splat_points, kernel.repeat_interleave(runs)]
+        return replace(
+            self,
+            slice_weights=self.slice_weights / self.scales.repeat_interleave(corners, 1),
+            splat_weights=self.splat_weights * scales,
+            blurs=blurs,
+            scales=1.0 / self.scales,
+        )
+
+    def mix(self, on_vertices: Tensor, matrices: Tensor) -> Tensor:
+        """Multiply each kernel's vertices by its matrix. Filtering acts on pixels and matrices on labels, so the
+        compatibility can be applied here, where rows are fewer than pixels."""
+        mixed = torch.empty_like(on_vertices)
+        mixed[-1] = 0
+        for blur, matrix in zip(self.blurs, matrices, strict=True):
+            torch.mm(on_vertices[blur.start : blur.stop], matrix, out=mixed[blur.start : blur.stop])
+        return mixed
 
 
-class _Filter(torch.autograd.Function):
+class _Message(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, lattice: Lattice) -> Tensor:
-        ctx.lattice = lattice
-        return lattice.apply_operator(values)
+    def forward(ctx: Any, q: Tensor, energy: Tensor, matrices: Tensor, lattice: Lattice, normalize: bool) -> Tensor:
+        blurred = lattice.splat_and_blur(q)
+        mixed = lattice.mix(blurred, matrices)
+        result = lattice.backend.update(lattice, mixed, energy) if normalize else lattice.slice(mixed, energy)
+        ctx.lattice, ctx.normalize = lattice, normalize
+        ctx.save_for_backward(blurred, matrices, result if normalize else None)
+        return result
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return ctx.lattice.apply_operator(grad_outputs[0].contiguous(), transpose=True), None
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        blurred, matrices, result = ctx.saved_tensors
+        adjoint = ctx.lattice.adjoint
+        grad = grad_outputs[0].contiguous()
+        if ctx.normalize:
+            grad = adjoint.backend.softmax_backward(result, grad)
+        splatted = adjoint.backend.splat(adjoint, grad)
+        grad_matrices = None
+        if ctx.needs_input_grad[2]:
+            runs = [slice(blur.start, blur.stop) for blur in adjoint.blurs]
+            grad_matrices = torch.stack([blurred[run].T @ splatted[run] for run in runs])
+        grad_q = None
+        if ctx.needs_input_grad[0]:
+            mixed = adjoint.mix(adjoint.backend.blur(adjoint.blurs, splatted), matrices.mT)
+            grad_q = adjoint.slice(mixed)
+        return grad_q, grad, grad_matrices, None, None
 
 
-@torch.no_grad()
-def build_lattice(features: Tensor) -> Lattice:
-    """Build the lattice of `features` (N, C), each already divided by its standard deviation theta.
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, energy: Tensor) -> Tensor:
+        q = _backend(energy.device).softmax(energy.contiguous())
+        ctx.save_for_backward(q)
+        return q
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (q,) = ctx.saved_tensors
+        return _backend(q.device).softmax_backward(q, grad_outputs[0].contiguous())
+
+
+def softmax(energy: Tensor) -> Tensor:
+    """softmax(-energy) (N, L) over the labels; on CPUs several times as fast as torch's where labels are few."""
+    return _Softmax.apply(energy)  # pyright: ignore[reportReturnType]
+
+
+def build_lattice(
+    features: Sequence[Tensor],
+    normalization: Normalization = "none",
+    *,
+    ring: bool = False,
+    lengths: Sequence[int] | None = None,
+) -> Lattice:
+    """Build the lattice of one or several kernels over the same N points.
+
+    Args:
+        features: For each kernel (N, C_m), divided by its standard deviation theta; all of one floating dtype.
+        normalization: "after" divides by K 1 (CRF-as-RNN); "symmetric" multiplies by (K 1)^-1/2 on either side
+            (Kraehenbuehl & Koltun); "none" leaves the lattice's own scale, which lies below the true kernel's.
+        ring: Add the vertices next to those that a point touches. Blurring then loses less of what passes through
+            them: more exact, for 2 to 6 times the vertices.
+        lengths: The numbers of points of several images, in order; no vertex is shared between them.
 
     Raises:
         ValueError: If features are not finite, there are no points, or they spread so far that a lattice coordinate
             overflows its 64-bit key.
     """
+    for kernel in features:
+        _check_features(kernel)
+    first, backend = features[0], _backend(features[0].device)
+    corners = [kernel.shape[1] + 1 for kernel in features]
+    vertices = torch.empty(len(first), sum(corners), dtype=torch.int32, device=first.device)
+    weights = torch.empty(len(first), sum(corners), dtype=first.dtype, device=first.device)
+    blurs: list[Blur] = []
+    for kernel, columns in zip(features, _slices(corners), strict=True):
+        start = stop = blurs[-1].stop if blurs else 0
+        neighbors = []
+        for rows in _slices(lengths or [len(first)]):
+            views = vertices[rows, columns], weights[rows, columns]
+            neighbors.append(backend.embed(kernel[rows], *key_layout(kernel[rows]), stop, ring, *views))
+            stop += neighbors[-1].shape[2]
+        blurs.append(Blur(start, stop, torch.cat(neighbors, 2) if len(neighbors) > 1 else neighbors[0]))
+    splat_lists = backend.sort_by_vertex(vertices, weights, blurs[-1].stop)
+    return _normalize(Lattice(vertices, weights, *splat_lists, tuple(blurs)), normalization, corners)
+
+
+def deviations(num_features: int, dtype: torch.dtype) -> list[float]:
+    """What each feature is multiplied by in the embedding, so that blurring once in each direction is unit variance.
+
+    Rounded as the reference library does: at theta_beta = 3 ten iterations amplify one float32 rounding of a
+    coordinate to 6e-4 in the marginals.
+    """
+    unit = torch.tensor((2.0 / 3.0) ** 0.5 * (num_features + 1), dtype=dtype).item()
+    return [unit / (index * (index + 1)) ** 0.5 for index in range(1, num_features + 1)]
+
+
+def key_layout(features: Tensor) -> tuple[Tensor, Tensor]:
+    """(C,) int64 lowest coordinates and strides with which a vertex's first C coordinates pack into one int64."""
+    num_features, margin = features.shape[1], 4 * (features.shape[1] + 1)
+    scales = torch.tensor(deviations(num_features, torch.float64), dtype=torch.float64)
+    bounds = torch.stack(torch.aminmax(features, dim=0)).cpu().double() * scales
+    # Coordinate j is the sum of the scaled features after the j-th, less j times the j-th.
+    factors = torch.ones(num_features, num_features, dtype=torch.float64).triu()
+    factors -= torch.diag(torch.arange(1.0, num_features, dtype=torch.float64), -1)
+    extremes = factors * bounds[:, None]
+    low = extremes.amin(0).sum(1).floor().long() - margin
+    sizes = (extremes.amax(0).sum(1).ceil().long() + margin - low + 1).tolist()
+    if prod(sizes) >= 2**62:
+        raise ValueError(
+            f"features: lattice coordinates span {sizes} cells, more than a 64-bit key holds; use larger thetas"
+        )
+    return low, torch.tensor([prod(sizes[:index]) for index in range(num_features)])
+
+
+def _check_features(features: Tensor) -> None:
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"features: expected shape (N, C) with N, C >= 1, got {tuple(features.shape)}")
     if not torch.isfinite(features).all():
         raise ValueError("features: expected finite values, got NaN or infinity; check the image and the thetas")
-    base, rank, weights = _enclosing_simplex(_elevate(features))
-    keys, strides = _corner_keys(base, rank)
-    # One stable sort serves three ends: the distinct vertices, the vertex of each corner, and the splat lists.
-    sorted_keys, order = keys.flatten().sort(stable=True)
-    unique_keys, runs, counts = torch.unique_consecutive(sorted_keys, return_inverse=True, return_counts=True)
-    vertices = torch.empty_like(runs).scatter_(0, order, runs).view_as(keys)
-    # The operator's last factor makes one isolated vertex reproduce the volume of the continuous Gaussian.
-    scale = 1.0 / (1.0 + 2.0 ** -features.shape[1])
-    return Lattice(
-        vertices=vertices.int(),
-        slice_weights=weights * scale,
-        splat_points=(order // keys.shape[1]).int(),
-        splat_weights=weights.flatten()[order],
-        splat_offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int(),
-        neighbors=_find_neighbors(unique_keys, strides),
-    )
 
 
-def _elevate(features: Tensor) -> Tensor:
-    """Embed (N, C) in the hyperplane sum(x) = 0 of R^(C+1), scaled so that one blur step is unit variance."""
-    num_features = features.shape[1]
-    elevated = features.new_empty(len(features), num_features + 1)
-    total = torch.zeros_like(features[:, 0])
-    # Rounded and summed exactly as the reference library does: at theta_beta = 3 ten iterations amplify one float32
-    # rounding of a coordinate to 6e-4 in the marginals.
-    deviation = torch.tensor((2.0 / 3.0) ** 0.5 * (num_features + 1), dtype=features.dtype).item()
-    for index in range(num_features, 0, -1):
-        scale = deviation / (index * (index + 1)) ** 0.5
-        scaled = features[:, index - 1] * scale
-        elevated[:, index] = total - index * scaled
-        total = total + scaled
-    elevated[:, 0] = total
-    return elevated
+def _normalize(lattice: Lattice, normalization: Normalization, corners: Sequence[int]) -> Lattice:
+    """Put the kernels' normalisation into the weights, so that it costs nothing in an iteration."""
+    columns = torch.tensor(corners, device=lattice.vertices.device)
+    if normalization == "none":
+        # The factor that makes one isolated vertex reproduce the volume of the continuous Gaussian, half on each side.
+        root = (1.0 / (1.0 + 0.5 ** (columns - 1.0))).sqrt().to(lattice.slice_weights.dtype)
+        scales = root.expand(len(lattice.vertices), -1)
+    else:
+        ones = lattice.slice_weights.new_ones(len(lattice.vertices), 1)
+        blurred = lattice.splat_and_blur(ones)
+        apart = blurred.new_zeros(len(blurred), len(corners))  # one column a kernel, so that slicing keeps them apart
+        for kernel, blur in enumerate(lattice.blurs):
+            apart[blur.start : blur.stop, kernel] = blurred[blur.start : blur.stop, 0]
+        norm = lattice.slice(apart)
+        scales = norm.rsqrt() if normalization == "symmetric" else norm.reciprocal()
+    sliced = lattice.slice_weights * scales.repeat_interleave(columns, 1)
+    if normalization == "after":
+        return replace(lattice, slice_weights=sliced, scales=scales)
+    both_alike = replace(lattice, scales=scales).adjoint.splat_weights
+    return replace(lattice, slice_weights=sliced, splat_weights=both_alike)
 
 
-def _enclosing_simplex(elevated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Nearest remainder-0 vertex (N, C+1) int64, rank of each coordinate (N, C+1) int64, barycentric coordinates."""
-    num_corners = elevated.shape[1]
-    steps = torch.round(elevated / num_corners)
-    base = (steps * num_corners).long()
-    residual = elevated - base
-    surplus = steps.sum(1, keepdim=True).long()
-    # rank_i = how many coordinates have a larger residual (ties: the earlier coordinate counts as larger).
-    columns = residual.T.contiguous()
-    ranks = torch.zeros_like(columns, dtype=torch.int64)
-    for i in range(num_corners):
-        for j in range(i + 1, num_corners):
-            larger = columns[i] < columns[j]
-            ranks[i] += larger
-            ranks[j] += ~larger
-    rank = ranks.T
-    # Rounding may leave the hyperplane: walk back along the coordinates whose rank falls out of 0..C.
-    rank = rank + surplus
-    wrap = (rank < 0).long() - (rank >= num_corners).long()
-    rank = rank + wrap * num_corners
-    base = base + wrap * num_corners
-    residual = (elevated - base) / num_corners
-    # With residuals sorted decreasingly r_0 >= ... >= r_C, corner k's coordinate is r_(C-k) - r_(C+1-k).
-    by_rank = torch.empty_like(residual).scatter_(1, rank, residual).flip(1)
-    weights = by_rank - by_rank.roll(1, dims=1)
-    weights[:, 0] += 1.0
-    return base, rank, weights
+def _slices(lengths: Sequence[int]) -> Iterator[slice]:
+    start = 0
+    for length in lengths:
+        yield slice(start, start + length)
+        start += length
 
 
-def _corner_keys(base: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
-    """Pack the first C coordinates of each corner of each simplex into one int64: (N, C+1) keys and (C,) strides."""
-    num_corners = base.shape[1]
-    # Two cells of margin, so that the neighbour of a vertex never wraps into another vertex's key.
-    low = base.amin(0) - 2 * num_corners
-    extent = base.amax(0) + 2 * num_corners - low + 1
-    sizes = extent[:-1].tolist()
-    strides, total = [], 1
-    for size in sizes:
-        strides.append(total)
-        total *= size
-    if total >= 2**62:
-        raise ValueError(
-            f"features: lattice coordinates span {sizes} cells, more than a 64-bit key holds; use larger thetas"
-        )
-    stride = torch.tensor(strides, dtype=torch.int64, device=base.device)
-    origin_key = ((base - low)[:, :-1] * stride).sum(1, keepdim=True)
-    # Corner k adds k to every coordinate, and subtracts C+1 from those whose rank is among the last k.
-    stride_by_rank = torch.zeros_like(rank).scatter_(1, rank, torch.nn.functional.pad(stride, (0, 1)).expand_as(rank))
-    dropped = stride_by_rank.flip(1).cumsum(1).roll(1, dims=1)
-    dropped[:, 0] = 0
-    corner = torch.arange(num_corners, device=base.device)
-    return origin_key + corner * stride.sum() - num_corners * dropped, stride
-
-
-def _find_neighbors(unique_keys: Tensor, stride: Tensor) -> Tensor:
-    """(C+1, 2, M+1) int32: the vertices at -1 and +1 step in each direction; M where no point touches one."""
-    num_vertices, num_corners = len(unique_keys), len(stride) + 1
-    neighbors = unique_keys.new_full((num_corners, 2, num_vertices + 1), num_vertices, dtype=torch.int32)
-    for direction in range(num_corners):
-        step = stride.sum() - (num_corners * stride[direction] if direction < num_corners - 1 else 0)
-        found = torch.searchsorted(unique_keys, unique_keys + step).clamp_(max=num_vertices - 1)
-        vertex = torch.nonzero(unique_keys[found] == unique_keys + step)[:, 0]
-        neighbors[direction, 1, vertex] = found[vertex].int()
-        neighbors[direction, 0, found[vertex]] = vertex.int()
-    return neighbors
+def _backend(device: torch.device) -> ModuleType:
+    """The fastest backend there is for `device`; numba and triton are optional."""
+    if device.type == "cpu" and find_spec("numba"):
+        from instseg.crf import lattice_numba as backend
+    elif device.type == "cuda" and find_spec("triton"):
+        from instseg.crf import lattice_triton as backend
+    else:
+        from instseg.crf import lattice_torch as backend
+    return backend

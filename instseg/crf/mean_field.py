@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,76 +9,90 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from instseg.crf.detection import DetectionPotential
+from instseg.crf.lattice import softmax
+from instseg.crf.pairwise import Kernels
 
 
 class MeanFieldState(NamedTuple):
     """Q after some step.
 
     Attributes:
-        logits: (N, L), log Q_i(l) up to a constant in l.
+        energy: (N, L), -log Q_i(l) up to a constant in l.
         validity: (D,) Q(Y_d = 1); None without detections.
     """
 
-    logits: Tensor
+    energy: Tensor
     validity: Tensor | None
 
     @property
     def q(self) -> Tensor:
         """(N, L) marginals."""
-        return self.logits.softmax(1)
+        return softmax(self.energy)
 
     @property
     def log_q(self) -> Tensor:
         """(N, L) log marginals."""
-        return self.logits.log_softmax(1)
+        return (-self.energy).log_softmax(1)
 
 
-def initial_state(unary: Tensor, detections: DetectionPotential | None) -> MeanFieldState:
-    """Q of the unaries (N, L) alone: softmax(-unary), and the detector's scores."""
-    return MeanFieldState(-unary, None if detections is None else detections.initial_validity)
+class PairwiseTerm(NamedTuple):
+    """What `mean_field` needs of the pairwise term.
 
-
-def mean_field_step(
-    state: MeanFieldState,
-    unary: Tensor,
-    pairwise: Callable[[Tensor], Tensor],
-    detections: DetectionPotential | None,
-) -> MeanFieldState:
-    """One synchronous update of every pixel and every Y_d from the previous state.
-
-    Args:
-        state: Q of the previous step.
-        unary: (N, L) energies.
-        pairwise: Maps marginals (N, L) to the pairwise message (N, L), see `pairwise_message`.
-        detections: The detection potentials, or None.
+    Attributes:
+        kernels: See `build_kernels`.
+        matrices: (number of kernels, L, L), see `message_matrices`.
     """
-    q = state.q
-    energy = unary + pairwise(q)
-    validity = None
-    if detections is not None and state.validity is not None:
-        energy = energy + detections.pixel_message(state.validity)
-        validity = torch.sigmoid(detections.validity_logit(q))
-    return MeanFieldState(-energy, validity)
+
+    kernels: Kernels
+    matrices: Tensor
+
+    def message(self, q: Tensor) -> Tensor:
+        """message_i(l) = sum_l' mu(l, l') sum_m w_m(l') sum_j k_m(i, j) Q_j(l'), (N, L), an energy in nats."""
+        return self.kernels.energy(q, torch.zeros_like(q), self.matrices)
 
 
 def mean_field(
-    unary: Tensor,
-    pairwise: Callable[[Tensor], Tensor],
-    detections: DetectionPotential | None,
-    num_iterations: int,
+    unary: Tensor, pairwise: PairwiseTerm, detections: DetectionPotential | None, num_iterations: int
 ) -> MeanFieldState:
-    """`num_iterations` steps from the initial state; differentiable in everything that enters the potentials."""
-    state = initial_state(unary, detections)
-    for _ in range(num_iterations):
-        state = mean_field_step(state, unary, pairwise, detections)
-    return state
+    """`num_iterations` synchronous updates of every pixel and every Y_d, from Q of the unaries and the detector alone.
+
+    Differentiable in everything that enters the potentials. Without gradients no history is kept.
+
+    Args:
+        unary: (N, L) energies.
+        pairwise: The pairwise term.
+        detections: The detection potentials, or None.
+        num_iterations: T.
+    """
+    validity = None if detections is None else detections.initial_validity
+    if num_iterations == 0:
+        return MeanFieldState(unary, validity)
+    q = softmax(unary)
+    for _ in range(num_iterations - 1):
+        energy, next_validity = _without_pairwise(q, validity, unary, detections)
+        q, validity = pairwise.kernels.update(q, energy, pairwise.matrices), next_validity
+    return mean_field_step(q, validity, unary, pairwise, detections)
+
+
+def mean_field_step(
+    q: Tensor, validity: Tensor | None, unary: Tensor, pairwise: PairwiseTerm, detections: DetectionPotential | None
+) -> MeanFieldState:
+    """One synchronous update of every pixel's `q` (N, L) and every Y_d's `validity` (D,)."""
+    energy, next_validity = _without_pairwise(q, validity, unary, detections)
+    return MeanFieldState(pairwise.kernels.energy(q, energy, pairwise.matrices), next_validity)
+
+
+def _without_pairwise(
+    q: Tensor, validity: Tensor | None, unary: Tensor, detections: DetectionPotential | None
+) -> tuple[Tensor, Tensor | None]:
+    """The rest of a step from (q, validity): the pixels' other energies (N, L), and the next validity (D,)."""
+    if detections is None or validity is None:
+        return unary, None
+    return unary + detections.pixel_message(validity), torch.sigmoid(detections.validity_logit(q))
 
 
 def free_energy(
-    state: MeanFieldState,
-    unary: Tensor,
-    pairwise: Callable[[Tensor], Tensor],
-    detections: DetectionPotential | None = None,
+    state: MeanFieldState, unary: Tensor, pairwise: PairwiseTerm, detections: DetectionPotential | None = None
 ) -> Tensor:
     """E_Q[E] - H(Q) in nats (tied detections): KL(Q || P) up to -log Z, so what mean-field inference minimises.
 
@@ -87,7 +100,7 @@ def free_energy(
     term of the lattice counts half.
     """
     q = state.q
-    total = (q * (unary + 0.5 * pairwise(q) + state.log_q)).sum()
+    total = (q * (unary + 0.5 * pairwise.message(q) + state.log_q)).sum()
     if detections is None or state.validity is None:
         return total
     validity, prior = state.validity, detections.unary_logit

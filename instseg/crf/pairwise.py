@@ -2,101 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from instseg.config import KernelConfig
-from instseg.crf.lattice import Lattice, build_lattice
-
-# A symmetric linear filter (N, L) -> (N, L). Tests put dense matrices in its place.
-Kernel = Callable[[Tensor], Tensor]
+from instseg.crf.exact import ExactKernels
+from instseg.crf.lattice import build_lattice
 
 
-@dataclass(frozen=True)
-class LatticeKernel:
-    """A Gaussian kernel through its lattice, with the self term j = i kept, scaled before and after filtering.
+class Kernels(Protocol):
+    """The Gaussian kernels K_m of one image, or of several images one after another; normalised, self term j = i kept.
 
-    "after" divides by filter(1) (CRF-as-RNN); "symmetric" multiplies by filter(1)^-1/2 on either side (Kraehenbuehl &
-    Koltun); "none" leaves the lattice's own scale, which lies below the true kernel's (0.88 of it for 2 features and
-    about 0.5 for 5 on photographs: vertices that no point touches lose their share).
+    They serve every iteration, the backward pass and both CRFs.
     """
 
-    lattice: Lattice
-    scale_before: Tensor | None  # (N, 1)
-    scale_after: Tensor | None  # (N, 1)
+    def energy(self, q: Tensor, energy: Tensor, matrices: Tensor) -> Tensor:
+        """`energy` (N, L) plus sum_m K_m q A_m for marginals `q` (N, L) and `matrices` A (number of kernels, L, L)."""
+        ...
 
-    def __call__(self, q: Tensor) -> Tensor:
-        """Filter marginals `q` (N, L)."""
-        values = q if self.scale_before is None else q * self.scale_before
-        values = self.lattice.filter(values)
-        return values if self.scale_after is None else values * self.scale_after
+    def update(self, q: Tensor, energy: Tensor, matrices: Tensor) -> Tensor:
+        """softmax(-energy(...)) (N, L)."""
+        ...
 
 
-def build_kernels(image: Tensor, config: KernelConfig) -> tuple[LatticeKernel, LatticeKernel]:
-    """The spatial and the bilateral kernel of one image; they serve every iteration and both CRFs.
+def build_kernels(image: Tensor | Sequence[Tensor], config: KernelConfig) -> Kernels:
+    """The spatial and the bilateral kernel of one image, or of a batch of images of any sizes.
 
     Args:
-        image: (H, W, 3) RGB on the scale 0..255; its floating dtype becomes the kernels' (integers become float32).
-        config: Thetas and normalisation.
+        image: (H, W, 3) RGB on the scale 0..255, or several; its floating dtype becomes the kernels' (integers become
+            float32).
+        config: Thetas, normalisation, accuracy.
 
     Raises:
-        ValueError: If the image has another shape or values that are not finite.
+        ValueError: If an image has another shape or values that are not finite, or an exact kernel would be too large.
     """
+    images = [image] if isinstance(image, Tensor) else list(image)
+    spatial, bilateral = zip(*(_features(image, config) for image in images), strict=True)
+    lengths = [len(features) for features in spatial]
+    features = torch.cat(spatial), torch.cat(bilateral)
+    if config.accuracy == "exact":
+        return ExactKernels.build(features, config.normalization, lengths)
+    return build_lattice(features, config.normalization, ring=config.accuracy == "ring", lengths=lengths)
+
+
+def _features(image: Tensor, config: KernelConfig) -> tuple[Tensor, Tensor]:
+    """(H*W, 2) and (H*W, 5): what the spatial and the bilateral kernel compare, in standard deviations."""
     if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"image: expected shape (H, W, 3) with H, W >= 1, got {tuple(image.shape)}")
     image = image if image.is_floating_point() else image.float()
-    height, width = image.shape[:2]
-    y, x = torch.meshgrid(
-        torch.arange(height, dtype=image.dtype, device=image.device),
-        torch.arange(width, dtype=image.dtype, device=image.device),
-        indexing="ij",
-    )
-    position = torch.stack([x, y], dim=2).reshape(-1, 2)
+    y, x = (torch.arange(size, dtype=image.dtype, device=image.device) for size in image.shape[:2])
+    position = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=2).reshape(-1, 2)
     color = image.reshape(-1, 3) / config.theta_beta
-    return (
-        _build_kernel(position / config.theta_gamma, config),
-        _build_kernel(torch.cat([position / config.theta_alpha, color], dim=1), config),
-    )
+    return position / config.theta_gamma, torch.cat([position / config.theta_alpha, color], dim=1)
 
 
-def _build_kernel(features: Tensor, config: KernelConfig) -> LatticeKernel:
-    lattice = build_lattice(features)
-    if config.normalization == "none":
-        return LatticeKernel(lattice, None, None)
-    norm = lattice.apply_operator(torch.ones_like(features[:, :1]))
-    if config.normalization == "symmetric":
-        scale = norm.rsqrt()
-        return LatticeKernel(lattice, scale, scale)
-    return LatticeKernel(lattice, None, norm.reciprocal())
-
-
-def pairwise_message(
-    q: Tensor, kernels: Sequence[Kernel], weights: Sequence[Tensor], compatibility: Tensor | None = None
-) -> Tensor:
-    """message_i(l) = sum_l' mu(l, l') sum_m w_m(l') sum_j k_m(i, j) Q_j(l'), an energy in nats.
+def message_matrices(weights: Sequence[Tensor], compatibility: Tensor) -> Tensor:
+    """(number of kernels, L, L): A_m[l', l] = w_m(l') mu(l, l'), with which the message is sum_m K_m q A_m.
 
     Args:
-        q: (N, L) marginals.
-        kernels: The filters k_m.
-        weights: One (L,) class-specific or scalar weight tensor for each kernel.
-        compatibility: (L, L) matrix mu; None for Potts, mu(l, l') = [l != l'].
-
-    Returns:
-        (N, L).
+        weights: One (L,) class-specific or scalar weight for each kernel.
+        compatibility: (L, L) mu.
     """
-    num_labels = q.shape[1]
-    if compatibility is None:
-        compatibility = potts(num_labels, q.dtype).to(q.device)
-    # Weights and compatibility make one small matrix a kernel: a single pass over the (N, L) result.
-    message = torch.zeros(num_labels, dtype=q.dtype, device=q.device)
-    for kernel, weight in zip(kernels, weights, strict=True):
-        message = torch.addmm(message, kernel(q), weight.expand(num_labels)[:, None] * compatibility.T)
-    return message
+    return torch.stack([weight.expand(len(compatibility))[:, None] * compatibility.T for weight in weights])
 
 
-def potts(num_labels: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(L, L) compatibility [l != l']."""
-    return 1.0 - torch.eye(num_labels, dtype=dtype)
+def potts(num_labels: int, reference: Tensor) -> Tensor:
+    """(L, L) compatibility [l != l'], in the dtype and on the device of `reference`."""
+    return 1.0 - torch.eye(num_labels, dtype=reference.dtype, device=reference.device)

@@ -15,7 +15,7 @@ from instseg.config import ModelConfig
 from instseg.crf.dense import HigherOrderCRF
 from instseg.crf.identify import assign_naively, identify
 from instseg.crf.instance import InstanceCRF
-from instseg.crf.pairwise import build_kernels
+from instseg.crf.pairwise import Kernels, build_kernels
 from instseg.models.semantic import build_semantic
 from instseg.structures import Detections, InstanceMap, Sample
 
@@ -104,7 +104,7 @@ class InstanceNetwork(nn.Module):
         logits = self._tensor(sample.logits)
         return interpolate(logits[None], size=image.shape[:2], mode="bilinear", align_corners=False)[0]
 
-    def _semantic_crf(self, logits: Tensor, kernels: tuple, detections: Detections) -> tuple[Tensor, Tensor]:
+    def _semantic_crf(self, logits: Tensor, kernels: Kernels, detections: Detections) -> tuple[Tensor, Tensor]:
         """Log Q (N, L) and the validity (D,) that identification uses, as the ablation asks."""
         flat = logits.flatten(1).T.contiguous()
         labels = self._tensor(detections.labels, torch.int64)

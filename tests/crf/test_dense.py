@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from instseg.config import KernelConfig, SemanticCrfConfig
 from instseg.crf import DenseCRF, HigherOrderCRF
-from instseg.crf.mean_field import mean_field
-from instseg.crf.pairwise import build_kernels, pairwise_message
-from tests.oracles import gaussian_kernel
+from instseg.crf.mean_field import PairwiseTerm, mean_field
+from instseg.crf.pairwise import build_kernels, message_matrices, potts
+from tests.oracles import DenseKernels, gaussian_kernel
 
 THETAS = {"p80": (80.0, 13.0, 3.0), "p160": (160.0, 3.0, 3.0)}
 NORMALIZATIONS = {"sym": "symmetric", "after": "after"}
@@ -63,18 +65,29 @@ def small_problem(height=12, width=15, num_labels=4, seed=0):
     return image, generator.normal(size=(num_labels, height, width)).astype(np.float32)
 
 
+def one_kernel(kernels, index, values):
+    """K_index values, the other kernel's matrix 0."""
+    matrices = torch.zeros(2, values.shape[1], values.shape[1], dtype=values.dtype)
+    matrices[index] = torch.eye(values.shape[1], dtype=values.dtype)
+    return kernels.energy(values, torch.zeros_like(values), matrices)
+
+
+@pytest.mark.parametrize("accuracy", ["fast", "ring", "exact"])
 @pytest.mark.parametrize("normalization", ["after", "symmetric", "none"])
-def test_normalisations_against_dense_matrices(normalization):
+def test_normalisations_against_dense_matrices(normalization, accuracy):
     """The operator as a dense matrix, normalised by the textbook formulas."""
     image, _ = small_problem(5, 6)
     values = torch.rand(30, 2, dtype=torch.float64)
     tensor = torch.from_numpy(image).double()
-    raw = build_kernels(tensor, KernelConfig(normalization="none"))
-    for kernel, plain in zip(build_kernels(tensor, KernelConfig(normalization=normalization)), raw, strict=True):
-        dense = plain(torch.eye(30, dtype=torch.float64))
+    raw = build_kernels(tensor, KernelConfig(normalization="none", accuracy=accuracy))
+    kernels = build_kernels(tensor, KernelConfig(normalization=normalization, accuracy=accuracy))
+    for index in range(2):
+        dense = one_kernel(raw, index, torch.eye(30, dtype=torch.float64))
         norm = dense.sum(1, keepdim=True)
         scaled = {"after": dense / norm, "symmetric": dense / norm.sqrt() / norm.sqrt().T, "none": dense}
-        torch.testing.assert_close(kernel(values), scaled[normalization] @ values, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            one_kernel(kernels, index, values), scaled[normalization] @ values, rtol=0, atol=1e-12
+        )
 
 
 def test_whole_inference_against_brute_force_kernels():
@@ -88,13 +101,15 @@ def test_whole_inference_against_brute_force_kernels():
     exact = [gaussian_kernel(f) for f in features]
     exact = [k / k.sum(1, keepdim=True) for k in exact]
     unary = torch.randn(480, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    weights = (torch.tensor(3.0), torch.tensor(4.0))
+    matrices = message_matrices((torch.tensor(3.0).double(), torch.tensor(4.0).double()), potts(3, unary))
 
     def marginals(kernels):
-        return mean_field(unary, lambda q: pairwise_message(q, kernels, weights), None, 5).q
+        return mean_field(unary, PairwiseTerm(kernels, matrices), None, 5).q
 
-    difference = (marginals(build_kernels(image, config)) - marginals([k.__matmul__ for k in exact])).abs()
-    assert difference.mean() < 0.02
+    expected = marginals(DenseKernels(exact))
+    assert (marginals(build_kernels(image, config)) - expected).abs().mean() < 0.02
+    exact_kernels = build_kernels(image, replace(config, accuracy="exact"))
+    torch.testing.assert_close(marginals(exact_kernels), expected, rtol=0, atol=1e-12)
 
 
 def test_label_permutation():

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from instseg.crf.detection import DetectionPotential
-from instseg.crf.mean_field import MeanFieldState, free_energy, initial_state, mean_field_step
-from instseg.crf.pairwise import pairwise_message
-from tests.oracles import TinyCRF, gaussian_kernel
+from instseg.crf.mean_field import MeanFieldState, PairwiseTerm, free_energy, mean_field, mean_field_step
+from instseg.crf.pairwise import message_matrices, potts
+from tests.oracles import DenseKernels, TinyCRF, gaussian_kernel
 
 SCORES, LABELS, WEIGHTS = (0.7, 0.4), (1, 2), (0.0, 3.0, 2.0)
 FOREGROUNDS = ([0, 1, 2], [2, 3])
@@ -51,7 +51,11 @@ def oracle(problem, unary="logit") -> TinyCRF:
 
 def pairwise(problem):
     _, kernel, compatibility, _, _ = problem
-    return lambda q: pairwise_message(q, [lambda v: kernel @ v], [torch.ones(3, dtype=q.dtype)], compatibility)
+    return term(kernel, torch.ones(3, dtype=torch.float64), compatibility)
+
+
+def term(kernel, weight, compatibility) -> PairwiseTerm:
+    return PairwiseTerm(DenseKernels([kernel]), message_matrices([weight], compatibility))
 
 
 def centered(messages: torch.Tensor) -> torch.Tensor:
@@ -66,7 +70,7 @@ def test_messages_are_gradients_of_the_expected_energy(problem, unary_form):
     oracle(problem, unary_form).expected_energy(q, validity).backward()
     detections = potential(unary=unary_form)
     with torch.no_grad():
-        message = unary + pairwise(problem)(q) + detections.pixel_message(validity)
+        message = unary + pairwise(problem).message(q) + detections.pixel_message(validity)
         torch.testing.assert_close(centered(message), centered(q.grad), rtol=0, atol=1e-12)
         torch.testing.assert_close(detections.validity_logit(q), -validity.grad, rtol=0, atol=1e-12)
 
@@ -74,7 +78,7 @@ def test_messages_are_gradients_of_the_expected_energy(problem, unary_form):
 def test_class_specific_weights_and_potts_match_the_written_out_sum(problem):
     _, kernel, _, q, _ = problem
     weight = torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64)
-    message = pairwise_message(q, [lambda v: kernel @ v], [weight])
+    message = term(kernel, weight, potts(3, weight)).message(q)
     expected = torch.zeros(4, 3, dtype=torch.float64)
     for i in range(4):
         for l in range(3):  # noqa: E741
@@ -93,7 +97,7 @@ def test_step_minimises_the_kl_divergence_in_each_block(problem):
         entropy = -(q * q.log()).sum() - (validity * validity.log() + (1 - validity) * (1 - validity).log()).sum()
         return crf.expected_energy(q, validity) - entropy + crf.log_z()
 
-    step = mean_field_step(MeanFieldState(q.log(), validity), unary, pairwise(problem), detections)
+    step = mean_field_step(q, validity, unary, pairwise(problem), detections)
     assert step.validity is not None
     for d in range(2):
         best = validity.clone()
@@ -119,7 +123,7 @@ def test_free_energy_is_kl_up_to_the_partition_function(problem, unary_form):
     crf, detections = oracle(problem, unary_form), potential(unary=unary_form)
     entropy = -(q * q.log()).sum() - (validity * validity.log() + (1 - validity) * (1 - validity).log()).sum()
     expected = crf.expected_energy(q, validity) - entropy
-    got = free_energy(MeanFieldState(q.log(), validity), unary, pairwise(problem), detections)
+    got = free_energy(MeanFieldState(-q.log(), validity), unary, pairwise(problem), detections)
     # the linear form's log-potentials are not normalised: they differ from the free energy's by a constant
     offset = torch.zeros((), dtype=torch.float64)
     if unary_form == "linear":
@@ -142,9 +146,9 @@ def test_decoupled_form_weights_pixels_and_y_apart(problem):
     torch.testing.assert_close(decoupled.validity_logit(q), potential().validity_logit(q))
 
 
-def test_initial_validity_is_the_score_and_a_score_of_one_stays_finite():
+def test_initial_validity_is_the_score_and_a_score_of_one_stays_finite(problem):
     detections = replace(potential(), scores=torch.tensor([1.0, 0.4]).double())
-    state = initial_state(torch.zeros(4, 3, dtype=torch.float64), detections)
+    state = mean_field(problem[0], pairwise(problem), detections, num_iterations=0)
     torch.testing.assert_close(state.validity, torch.tensor([1 - 1e-4, 0.4]).double())
     assert torch.isfinite(detections.unary_logit).all()
 
