@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from instseg.config import KernelConfig, SemanticCrfConfig
 from instseg.crf.detection import DetectionPotential
+from instseg.crf.lattice import pixel_major
 from instseg.crf.mean_field import MeanFieldState, PairwiseTerm, mean_field
 from instseg.crf.pairwise import Kernels, build_kernels, message_matrices, potts
 
@@ -72,7 +73,7 @@ class DenseCRF(nn.Module):
             raise ValueError("unary: expected finite energies, got NaN or infinity")
         dtype = self.spatial_weight.dtype
         kernels = build_kernels(image.to(dtype), self.kernel_config)
-        flat = unary.to(dtype).flatten(1).T.contiguous()
+        flat = pixel_major(unary.to(dtype))
         q = mean_field(flat, self.pairwise(kernels), None, self.num_iterations).q
         return q.T.reshape(unary.shape)
 

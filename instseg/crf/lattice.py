@@ -74,10 +74,12 @@ class Lattice:
 
     def splat_and_blur(self, values: Tensor) -> Tensor:
         """(M+1, L) on the vertices from `values` (N, L); the last row is 0 and stands for absent neighbours."""
-        return self.backend.blur(self.blurs, self.backend.splat(self, values.contiguous()))
+        return self.backend.blur(self.blurs, self.backend.splat(self, values))
 
     def slice(self, on_vertices: Tensor, energy: Tensor | None = None) -> Tensor:
         """(N, L): `energy`, if any, plus what each point reads from its corners."""
+        if energy is None:
+            energy = self.backend.copy_rows(on_vertices.new_zeros(1, 1).expand(len(self.vertices), on_vertices.shape[1]))
         return self.backend.slice_rows(self, on_vertices, energy)
 
     def energy(self, q: Tensor, energy: Tensor, matrices: Tensor) -> Tensor:
@@ -112,11 +114,7 @@ class Lattice:
     def mix(self, on_vertices: Tensor, matrices: Tensor) -> Tensor:
         """Multiply each kernel's vertices by its matrix. Filtering acts on pixels and matrices on labels, so the
         compatibility can be applied here, where rows are fewer than pixels."""
-        mixed = torch.empty_like(on_vertices)
-        mixed[-1] = 0
-        for blur, matrix in zip(self.blurs, matrices, strict=True):
-            torch.mm(on_vertices[blur.start : blur.stop], matrix, out=mixed[blur.start : blur.stop])
-        return mixed
+        return self.backend.mix(self.blurs, on_vertices, matrices)
 
 
 class _Message(torch.autograd.Function):
@@ -134,7 +132,7 @@ class _Message(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         blurred, matrices, result = ctx.saved_tensors
         adjoint = ctx.lattice.adjoint
-        grad = grad_outputs[0].contiguous()
+        (grad,) = grad_outputs
         if ctx.normalize:
             grad = adjoint.backend.softmax_backward(result, grad)
         splatted = adjoint.backend.splat(adjoint, grad)
@@ -152,7 +150,7 @@ class _Message(torch.autograd.Function):
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, energy: Tensor) -> Tensor:
-        q = _backend(energy.device).softmax(energy.contiguous())
+        q = _backend(energy.device).softmax(energy)
         ctx.save_for_backward(q)
         return q
 
@@ -160,12 +158,17 @@ class _Softmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         (q,) = ctx.saved_tensors
-        return _backend(q.device).softmax_backward(q, grad_outputs[0].contiguous())
+        return _backend(q.device).softmax_backward(q, grad_outputs[0])
 
 
 def softmax(energy: Tensor) -> Tensor:
     """softmax(-energy) (N, L) over the labels; on CPUs several times as fast as torch's where labels are few."""
     return _Softmax.apply(energy)  # pyright: ignore[reportReturnType]
+
+
+def pixel_major(values: Tensor) -> Tensor:
+    """(N, L) contiguous from (L, ...); differentiable."""
+    return _backend(values.device).copy_rows(values.flatten(1).T)
 
 
 def build_lattice(
@@ -193,8 +196,8 @@ def build_lattice(
         _check_features(kernel)
     first, backend = features[0], _backend(features[0].device)
     corners = [kernel.shape[1] + 1 for kernel in features]
-    vertices = torch.empty(len(first), sum(corners), dtype=torch.int32, device=first.device)
-    weights = torch.empty(len(first), sum(corners), dtype=first.dtype, device=first.device)
+    vertices = backend.empty((len(first), sum(corners)), first, torch.int32)
+    weights = backend.empty((len(first), sum(corners)), first)
     blurs: list[Blur] = []
     for kernel, columns in zip(features, _slices(corners), strict=True):
         start = stop = blurs[-1].stop if blurs else 0

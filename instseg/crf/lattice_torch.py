@@ -15,6 +15,21 @@ if TYPE_CHECKING:
     from instseg.crf.lattice import Blur, Lattice
 
 
+def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory of any shape."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def empty_rows(num_rows: int, num_labels: int, like: Tensor) -> Tensor:
+    """(num_rows, num_labels) memory, laid out as the backend reads it fastest."""
+    return like.new_empty(num_rows, num_labels)
+
+
+def copy_rows(values: Tensor) -> Tensor:
+    """A copy of `values` (N, L) in `empty_rows`; differentiable."""
+    return values.contiguous()
+
+
 def splat(lattice: Lattice, values: Tensor) -> Tensor:
     """(M+1, L): on each vertex the weighted sum of `values` (N, L) over the points that touch it; the last row is 0."""
     on_vertices = values.new_zeros(lattice.num_vertices + 1, values.shape[1])
@@ -34,10 +49,17 @@ def blur(blurs: Sequence[Blur], on_vertices: Tensor) -> Tensor:
     return on_vertices
 
 
-def slice_rows(lattice: Lattice, on_vertices: Tensor, energy: Tensor | None) -> Tensor:
-    """(N, L): `energy` (N, L), if any, plus the weighted sum of each point's vertices."""
-    values = embedding_bag(lattice.vertices, on_vertices, mode="sum", per_sample_weights=lattice.slice_weights)
-    return values if energy is None else values + energy
+def mix(blurs: Sequence[Blur], on_vertices: Tensor, matrices: Tensor) -> Tensor:
+    """(M+1, L): each kernel's vertices times its matrix, of `matrices` (number of kernels, L, L)."""
+    mixed = torch.zeros_like(on_vertices)
+    for (start, stop, _), matrix in zip(blurs, matrices, strict=True):
+        torch.mm(on_vertices[start:stop], matrix, out=mixed[start:stop])
+    return mixed
+
+
+def slice_rows(lattice: Lattice, on_vertices: Tensor, energy: Tensor) -> Tensor:
+    """(N, L): `energy` (N, L) plus the weighted sum of each point's vertices."""
+    return energy + embedding_bag(lattice.vertices, on_vertices, mode="sum", per_sample_weights=lattice.slice_weights)
 
 
 def update(lattice: Lattice, on_vertices: Tensor, energy: Tensor) -> Tensor:

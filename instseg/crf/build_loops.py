@@ -1,4 +1,4 @@
-"""The compiled loops of `lattice_numba`. Each takes a range of rows, releases the GIL, and writes each row once."""
+"""The compiled loops of `lattice_numba`: building. Each works on a range of rows."""
 
 from __future__ import annotations
 
@@ -9,115 +9,11 @@ import numpy as np
 from numba import njit
 
 _EMPTY = np.int32(-1)
-_BLOCK = 128  # pixels that a loop carries through all its steps in the first-level cache
-_LOG2_E = np.float32(1.4426950408889634)
-# 2^x on [-1/2, 1/2], relative error 2e-7
-_EXP2 = tuple(np.float32(c) for c in (0.693147180, 0.240226507, 0.0555041087, 0.00961812911, 0.00133335581))
-_HALF, _ONE, _LOWEST_EXPONENT = np.float32(0.5), np.float32(1.0), np.float32(-126.0)
+_BLOCK = 128  # points that a loop carries through all its steps in the first-level cache
 
 
 def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return njit(nogil=True, cache=True, **options)
-
-
-@_compiled(fastmath=True)
-def splat(start, stop, offsets, points, weights, values, out):
-    """out[v] = sum over the run of vertex v of weight * values[point]."""
-    num_labels = values.shape[1]
-    for v in range(start, stop):
-        for label in range(num_labels):
-            out[v, label] = 0
-        k, end = offsets[v], offsets[v + 1]
-        while k + 8 <= end:
-            p0, p1, p2, p3 = points[k], points[k + 1], points[k + 2], points[k + 3]
-            p4, p5, p6, p7 = points[k + 4], points[k + 5], points[k + 6], points[k + 7]
-            w0, w1, w2, w3 = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
-            w4, w5, w6, w7 = weights[k + 4], weights[k + 5], weights[k + 6], weights[k + 7]
-            for l in range(num_labels):
-                first = w0 * values[p0, l] + w1 * values[p1, l] + w2 * values[p2, l] + w3 * values[p3, l]
-                second = w4 * values[p4, l] + w5 * values[p5, l] + w6 * values[p6, l] + w7 * values[p7, l]
-                out[v, l] += first + second
-            k += 8
-        while k < end:
-            p0, w0 = points[k], weights[k]
-            for l in range(num_labels):
-                out[v, l] += w0 * values[p0, l]
-            k += 1
-
-
-@_compiled(fastmath=True)
-def blur(start, stop, first_vertex, before, after, values, out):
-    """out[v] = values[v] + half of both neighbours; an absent one is the last row, which is 0."""
-    half = values.dtype.type(0.5)
-    for v in range(start, stop):
-        a, b = before[v - first_vertex], after[v - first_vertex]
-        for l in range(values.shape[1]):
-            out[v, l] = values[v, l] + half * (values[a, l] + values[b, l])
-
-
-@_compiled(fastmath=True)
-def slice_rows(start, stop, vertices, weights, table, energy, out):
-    """out[i] = energy[i] + sum over the corners of weight * table[vertex]."""
-    num_labels, num_corners = out.shape[1], vertices.shape[1]
-    for i in range(start, stop):
-        for l in range(num_labels):
-            out[i, l] = energy[i, l]
-        for c in range(0, num_corners, 3):
-            v0, w0 = vertices[i, c], weights[i, c]
-            v1, w1 = v0, weights.dtype.type(0)
-            v2, w2 = v0, weights.dtype.type(0)
-            if c + 1 < num_corners:
-                v1, w1 = vertices[i, c + 1], weights[i, c + 1]
-            if c + 2 < num_corners:
-                v2, w2 = vertices[i, c + 2], weights[i, c + 2]
-            for l in range(num_labels):
-                out[i, l] += w0 * table[v0, l] + w1 * table[v1, l] + w2 * table[v2, l]
-
-
-@_compiled(fastmath=True)
-def slice_softmax(start, stop, vertices, weights, table, energy, out):
-    """out[i] = softmax(-(energy[i] + sum over the corners of weight * table[vertex])), float32."""
-    num_labels = out.shape[1]
-    c1, c2, c3, c4, c5 = _EXP2
-    block = np.empty((_BLOCK, num_labels), np.float32)
-    flat = block.reshape(-1)
-    exponent_bits = np.empty(_BLOCK * num_labels, np.int32)
-    powers = exponent_bits.view(np.float32)
-    for first in range(start, stop, _BLOCK):
-        num_rows = min(_BLOCK, stop - first)
-        slice_rows(0, num_rows, vertices[first:], weights[first:], table, energy[first:], block)
-        for p in range(num_rows):
-            lowest = block[p, 0]
-            for l in range(num_labels):
-                lowest = min(lowest, block[p, l])
-            for l in range(num_labels):
-                block[p, l] = (lowest - block[p, l]) * _LOG2_E
-        for k in range(num_rows * num_labels):  # exp = 2^integer * 2^fraction
-            power = max(flat[k], _LOWEST_EXPONENT)
-            integer = np.int32(power - _HALF)
-            exponent_bits[k] = (integer + np.int32(127)) << np.int32(23)
-            x = power - np.float32(integer)
-            flat[k] = _ONE + x * (c1 + x * (c2 + x * (c3 + x * (c4 + x * c5))))
-        for k in range(num_rows * num_labels):
-            flat[k] *= powers[k]
-        for p in range(num_rows):
-            total = np.float32(0)
-            for l in range(num_labels):
-                total += block[p, l]
-            total = _ONE / total
-            for l in range(num_labels):
-                out[first + p, l] = block[p, l] * total
-
-
-@_compiled(fastmath=True)
-def softmax_backward(start, stop, q, grad, out):
-    """out[i] = -q[i] * (grad[i] - <q[i], grad[i]>)."""
-    for i in range(start, stop):
-        mean = q.dtype.type(0)
-        for l in range(q.shape[1]):
-            mean += q[i, l] * grad[i, l]
-        for l in range(q.shape[1]):
-            out[i, l] = q[i, l] * (mean - grad[i, l])
 
 
 @_compiled()
