@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-_EMPTY = np.int32(-1)
+_EMPTY = np.int64(-1)  # keys are not negative
 _BLOCK = 128  # points that a loop carries through all its steps in the first-level cache
 
 
@@ -91,78 +91,78 @@ def embed(start, stop, features, scales, low, strides, weights, keys):
 
 
 @_compiled()
-def _find(key, table, unique):
-    """The slot of an open-addressing table that holds the number of `key`, or the empty one where it belongs."""
+def _find(key, keys):
+    """The slot of an open-addressing table that holds `key`, or the empty one where it belongs."""
     mixed = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
-    mask = np.int64(len(table) - 1)
+    mask = np.int64(len(keys) - 1)
     slot = np.int64((mixed ^ (mixed >> np.uint64(32))) & np.uint64(mask))
-    while table[slot] != _EMPTY and unique[table[slot]] != key:
+    while keys[slot] != key and keys[slot] != _EMPTY:
         slot = (slot + 1) & mask
     return slot
 
 
 @_compiled()
-def _grow(table, unique, count):
-    larger = np.full(2 * len(table), _EMPTY, np.int32)
-    keys = np.empty(len(larger) // 2, np.int64)
-    keys[:count] = unique[:count]
-    for vertex in range(count):
-        larger[_find(keys[vertex], larger, keys)] = vertex
-    return larger, keys
+def _new_table(size):
+    return np.full(size, _EMPTY, np.int64), np.empty(size, np.int32)
 
 
 @_compiled()
-def _find_or_add(key, table, unique, count):
-    """The number of `key`, and the table with it."""
-    slot = _find(key, table, unique)
-    if table[slot] != _EMPTY:
-        return table[slot], table, unique, count
+def _add(key, slot, table, unique, count):
+    """Give `key` the next number; table and distinct keys grow when they are half full."""
+    keys, numbers = table
     if count == len(unique):
-        table, unique = _grow(table, unique, count)
-        slot = _find(key, table, unique)
-    table[slot] = count
+        keys, numbers = _new_table(2 * len(keys))
+        larger = np.empty(2 * len(unique), np.int64)
+        larger[:count] = unique
+        unique = larger
+        for vertex in range(count):
+            slot = _find(unique[vertex], keys)
+            keys[slot] = unique[vertex]
+            numbers[slot] = vertex
+        slot = _find(key, keys)
+    keys[slot] = key
+    numbers[slot] = count
     unique[count] = key
-    return np.int32(count), table, unique, count + 1
+    return (keys, numbers), unique, count + 1
 
 
 @_compiled()
-def number_vertices(start, stop, keys, vertices):
-    """Number the keys of some points in the order of their first touch: hash table, distinct keys, their count."""
-    table = np.full(1 << 12, _EMPTY, np.int32)
-    unique = np.empty(len(table) // 2, np.int64)
+def number_vertices(start, stop, first_number, keys, vertices):
+    """Number the keys of some points in the order of their first touch, from `first_number`.
+
+    Returns:
+        Hash table (of numbers from 0), distinct keys, their count.
+    """
+    table = _new_table(1 << 13)
+    unique = np.empty(1 << 12, np.int64)
     count = 0
     for i in range(start, stop):
         for c in range(keys.shape[1]):
-            if i > start and keys[i - 1, c] == keys[i, c]:  # points next to each other share most corners
+            key = keys[i, c]
+            if i > start and keys[i - 1, c] == key:  # points next to each other share most corners
                 vertices[i, c] = vertices[i - 1, c]
                 continue
-            slot = _find(keys[i, c], table, unique)
-            if table[slot] == _EMPTY:
-                if count == len(unique):
-                    table, unique = _grow(table, unique, count)
-                    slot = _find(keys[i, c], table, unique)
-                table[slot] = count
-                unique[count] = keys[i, c]
-                count += 1
-            vertices[i, c] = table[slot]
+            slot = _find(key, table[0])
+            if table[0][slot] == key:
+                vertices[i, c] = table[1][slot] + first_number
+            else:
+                vertices[i, c] = count + first_number
+                table, unique, count = _add(key, slot, table, unique, count)
     return table, unique, count
 
 
 @_compiled()
 def merge_vertices(keys, table, unique, count):
     """Add the distinct keys of further points, in order; and the number that each has now."""
-    mapping = np.empty(len(keys), np.int32)
+    numbers = np.empty(len(keys), np.int32)
     for k in range(len(keys)):
-        mapping[k], table, unique, count = _find_or_add(keys[k], table, unique, count)
-    return table, unique, count, mapping
-
-
-@_compiled()
-def renumber(start, stop, mapping, first_vertex, vertices):
-    """Replace the numbers of a part of the points by those of the whole."""
-    for i in range(start, stop):
-        for c in range(vertices.shape[1]):
-            vertices[i, c] = mapping[vertices[i, c]] + first_vertex
+        slot = _find(keys[k], table[0])
+        if table[0][slot] == keys[k]:
+            numbers[k] = table[1][slot]
+        else:
+            numbers[k] = count
+            table, unique, count = _add(keys[k], slot, table, unique, count)
+    return table, unique, count, numbers
 
 
 @_compiled()
@@ -170,8 +170,11 @@ def add_ring(steps, table, unique, count):
     """Add the vertices next to those that a point touches."""
     for vertex in range(count):
         for step in steps:
-            for key in (unique[vertex] - step, unique[vertex] + step):
-                _, table, unique, count = _find_or_add(key, table, unique, count)
+            for sign in (-1, 1):
+                key = unique[vertex] + sign * step
+                slot = _find(key, table[0])
+                if table[0][slot] != key:
+                    table, unique, count = _add(key, slot, table, unique, count)
     return table, unique, count
 
 
@@ -181,42 +184,7 @@ def find_neighbors(start, stop, steps, table, unique, first_vertex, neighbors):
     for vertex in range(start, stop):
         for direction in range(len(steps)):
             for side in range(2):
-                step = steps[direction] if side else -steps[direction]
-                found = table[_find(unique[vertex] + step, table, unique)]
-                neighbors[direction, side, vertex] = found if found == _EMPTY else found + first_vertex
-
-
-@_compiled()
-def count_vertices(start, stop, bounds, vertices, counts):
-    """counts[part, v] = how many corners of a part of the points are vertex v."""
-    for part in range(start, stop):
-        for i in range(bounds[part], bounds[part + 1]):
-            for c in range(vertices.shape[1]):
-                counts[part, vertices[i, c]] += 1
-
-
-@_compiled()
-def offsets_of_counts(counts):
-    """Where each vertex's run starts; `counts` becomes where each part's share of it starts."""
-    offsets = np.empty(counts.shape[1] + 1, np.int32)
-    position = np.int32(0)
-    for v in range(counts.shape[1]):
-        offsets[v] = position
-        for part in range(counts.shape[0]):
-            share = counts[part, v]
-            counts[part, v] = position
-            position += share
-    offsets[-1] = position
-    return offsets
-
-
-@_compiled()
-def place_by_vertex(start, stop, bounds, positions, vertices, weights, points, sorted_weights):
-    """Write each corner of a part of the points to its vertex's run."""
-    for part in range(start, stop):
-        for i in range(bounds[part], bounds[part + 1]):
-            for c in range(vertices.shape[1]):
-                position = positions[part, vertices[i, c]]
-                positions[part, vertices[i, c]] = position + 1
-                points[position] = i
-                sorted_weights[position] = weights[i, c]
+                key = unique[vertex] + (2 * side - 1) * steps[direction]
+                slot = _find(key, table[0])
+                found = table[0][slot] == key
+                neighbors[direction, side, vertex] = table[1][slot] + first_vertex if found else -1

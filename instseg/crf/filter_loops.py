@@ -1,12 +1,14 @@
-"""The compiled loops of `lattice_numba`: filters and softmax. Each writes every row of a range once.
+"""The compiled loops of `lattice_numba`: filters and softmax.
 
-Rows of labels are padded to whole vectors; what stands in the padding never reaches a label.
+Pixels come in bands, whose number depends on the image alone. A band adds what its pixels splat to rows of its own, one
+for each vertex that it touches, and `combine` adds the bands' rows in order: nothing depends on which thread took which
+band. Rows of labels are padded to whole vectors; what stands in the padding never reaches a label.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit, prange
@@ -31,34 +33,136 @@ _LOG2_E = np.float32(1.4426950408889634)
 _LARGE = np.float32(1e30)
 
 
+class Corners(NamedTuple):
+    """Where pixels read and write.
+
+    Attributes:
+        bands: (B+1,) int64, where each band of pixels starts.
+        first_rows: (B+1,) int64, where each band's own rows start.
+        vertex_of_row: (R,) int32, the vertex that each row is a part of.
+        kernel_of_column: (C,) int64, to which kernel each corner belongs.
+        vertices: (N, C) int32, the corners of each pixel's simplices as rows of its band, counted from the band's first.
+        weights: (N, C), the barycentric coordinates.
+    """
+
+    bands: np.ndarray
+    first_rows: np.ndarray
+    vertex_of_row: np.ndarray
+    kernel_of_column: np.ndarray
+    vertices: np.ndarray
+    weights: np.ndarray
+
+
 def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return njit(nogil=True, cache=True, **options)
 
 
 @_compiled()
-def splat(start, stop, offsets, points, weights, values, out):
-    """out[v] = sum over the run of vertex v of weight * values[point]."""
-    width = values.shape[1]
-    zero = broadcast(values.dtype.type(0))
-    for v in range(start, stop):
+def _slice_block(first, num_rows, first_row, corners, scales, table, energy, out, target):
+    """out[target + p] = energy[first + p] + sum over the corners of scale * weight * table[vertex]."""
+    width = out.shape[1]
+    for p in range(num_rows):
+        i, row, to = first + p, (first + p) * width, (target + p) * width
         lane = 0
-        while lane + 24 <= width:  # three vectors at a time, so that a run is read less often
-            a, b, c = zero, zero, zero
-            for k in range(offsets[v], offsets[v + 1]):
-                w, at = weights[k], points[k] * width + lane
-                a = multiply_add(a, w, load(values, at))
-                b = multiply_add(b, w, load(values, at + 8))
-                c = multiply_add(c, w, load(values, at + 16))
-            store(out, v * width + lane, a)
-            store(out, v * width + lane + 8, b)
-            store(out, v * width + lane + 16, c)
+        while lane + 24 <= width:  # three vectors at a time, so that corners are read less often
+            a, b, c = load(energy, row + lane), load(energy, row + lane + 8), load(energy, row + lane + 16)
+            for k in range(corners.vertices.shape[1]):
+                w = corners.weights[i, k] * scales[i, corners.kernel_of_column[k]]
+                at = corners.vertex_of_row[first_row + corners.vertices[i, k]] * width + lane
+                a = multiply_add(a, w, load(table, at))
+                b = multiply_add(b, w, load(table, at + 8))
+                c = multiply_add(c, w, load(table, at + 16))
+            store(out, to + lane, a)
+            store(out, to + lane + 8, b)
+            store(out, to + lane + 16, c)
             lane += 24
         while lane < width:
-            a = zero
-            for k in range(offsets[v], offsets[v + 1]):
-                a = multiply_add(a, weights[k], load(values, points[k] * width + lane))
-            store(out, v * width + lane, a)
+            a = load(energy, row + lane)
+            for k in range(corners.vertices.shape[1]):
+                w = corners.weights[i, k] * scales[i, corners.kernel_of_column[k]]
+                at = corners.vertex_of_row[first_row + corners.vertices[i, k]] * width + lane
+                a = multiply_add(a, w, load(table, at))
+            store(out, to + lane, a)
             lane += 8
+
+
+@_compiled()
+def _scatter_block(first, num_rows, first_row, corners, scales, values, source, sums):
+    """sums[row of the corner] += scale * weight * values[source + p]."""
+    width = values.shape[1]
+    for p in range(num_rows):
+        i, row = first + p, (source + p) * width
+        lane = 0
+        while lane + 24 <= width:
+            a, b, c = load(values, row + lane), load(values, row + lane + 8), load(values, row + lane + 16)
+            for k in range(corners.vertices.shape[1]):
+                w = corners.weights[i, k] * scales[i, corners.kernel_of_column[k]]
+                at = (first_row + corners.vertices[i, k]) * width + lane
+                store(sums, at, multiply_add(load(sums, at), w, a))
+                store(sums, at + 8, multiply_add(load(sums, at + 8), w, b))
+                store(sums, at + 16, multiply_add(load(sums, at + 16), w, c))
+            lane += 24
+        while lane < width:
+            a = load(values, row + lane)
+            for k in range(corners.vertices.shape[1]):
+                w = corners.weights[i, k] * scales[i, corners.kernel_of_column[k]]
+                at = (first_row + corners.vertices[i, k]) * width + lane
+                store(sums, at, multiply_add(load(sums, at), w, a))
+            lane += 8
+
+
+@_compiled()
+def _softmax_block(num_rows, num_labels, block, factors):
+    """block[p] = softmax(-block[p]), float32."""
+    width = block.shape[1]
+    for p in range(num_rows):
+        last = (p + 1) * width - 8
+        lowest = keep_first(load(block, last), num_labels - width + 8, _LARGE)
+        store(block, last, lowest)
+        for lane in range(p * width, last, 8):
+            lowest = minimum(lowest, load(block, lane))
+        factors[p] = reduce_minimum(lowest) * _LOG2_E
+    for p in range(num_rows):
+        lowest = broadcast(factors[p])
+        total = broadcast(np.float32(0))
+        for lane in range(p * width, (p + 1) * width, 8):
+            power = exp2(multiply_add(lowest, -_LOG2_E, load(block, lane)))
+            store(block, lane, power)
+            total = add(total, power)
+        factors[p] = np.float32(1) / reduce_add(total)
+    for p in range(num_rows):
+        factor = broadcast(factors[p])
+        for lane in range(p * width, (p + 1) * width, 8):
+            store(block, lane, multiply(load(block, lane), factor))
+
+
+@_compiled()
+def _clear(first_row, last_row, sums):
+    zero = broadcast(sums.dtype.type(0))
+    for at in range(first_row * sums.shape[1], last_row * sums.shape[1], 8):
+        store(sums, at, zero)
+
+
+@_compiled()
+def scatter(start, stop, bands, first_rows, vertex_of_row, kernel_of_column, vertices, weights, scales, values, sums):
+    """Each band's sums over its pixels of scale * weight * value, in the band's own rows."""
+    corners = Corners(bands, first_rows, vertex_of_row, kernel_of_column, vertices, weights)
+    for band in range(start, stop):
+        first, row = corners.bands[band], corners.first_rows[band]
+        _clear(row, corners.first_rows[band + 1], sums)
+        _scatter_block(first, corners.bands[band + 1] - first, row, corners, scales, values, first, sums)
+
+
+@_compiled()
+def combine(start, stop, offsets, rows, sums, out):
+    """out[v] = the sum of the bands' rows for vertex v, in the order of the bands."""
+    width = sums.shape[1]
+    for v in range(start, stop):
+        for lane in range(0, width, 8):
+            total = broadcast(sums.dtype.type(0))
+            for k in range(offsets[v], offsets[v + 1]):
+                total = add(total, load(sums, rows[k] * width + lane))
+            store(out, v * width + lane, total)
 
 
 @_compiled()
@@ -102,59 +206,84 @@ def mix(start, stop, values, matrix, out):
 
 
 @_compiled()
-def slice_rows(start, stop, vertices, weights, table, energy, out):
-    """out[i] = energy[i] + sum over the corners of weight * table[vertex]."""
-    width, num_corners = out.shape[1], vertices.shape[1]
-    for i in range(start, stop):
-        row = i * width
-        lane = 0
-        while lane + 24 <= width:
-            a, b, c = load(energy, row + lane), load(energy, row + lane + 8), load(energy, row + lane + 16)
-            for k in range(num_corners):
-                w, at = weights[i, k], vertices[i, k] * width + lane
-                a = multiply_add(a, w, load(table, at))
-                b = multiply_add(b, w, load(table, at + 8))
-                c = multiply_add(c, w, load(table, at + 16))
-            store(out, row + lane, a)
-            store(out, row + lane + 8, b)
-            store(out, row + lane + 16, c)
-            lane += 24
-        while lane < width:
-            a = load(energy, row + lane)
-            for k in range(num_corners):
-                a = multiply_add(a, weights[i, k], load(table, vertices[i, k] * width + lane))
-            store(out, row + lane, a)
-            lane += 8
+def slice_rows(
+    start, stop, bands, first_rows, vertex_of_row, kernel_of_column, vertices, weights, scales, table, energy, out
+):
+    """out = energy + what each pixel reads from its corners."""
+    corners = Corners(bands, first_rows, vertex_of_row, kernel_of_column, vertices, weights)
+    for band in range(start, stop):
+        first, row = corners.bands[band], corners.first_rows[band]
+        _slice_block(first, corners.bands[band + 1] - first, row, corners, scales, table, energy, out, first)
 
 
 @_compiled()
-def slice_softmax(start, stop, num_labels, vertices, weights, table, energy, out):
-    """out[i] = softmax(-(energy[i] + sum over the corners of weight * table[vertex])), float32."""
-    width = out.shape[1]
-    block = np.empty((_BLOCK, width), np.float32)
+def slice_softmax(
+    start,
+    stop,
+    num_labels,
+    bands,
+    first_rows,
+    vertex_of_row,
+    kernel_of_column,
+    vertices,
+    weights,
+    scales,
+    table,
+    energy,
+    out,
+):
+    """out = softmax(-slice_rows), float32."""
+    corners = Corners(bands, first_rows, vertex_of_row, kernel_of_column, vertices, weights)
     factors = np.empty(_BLOCK, np.float32)
+    for band in range(start, stop):
+        row = corners.first_rows[band]
+        for first in range(corners.bands[band], corners.bands[band + 1], _BLOCK):
+            num_rows = min(_BLOCK, corners.bands[band + 1] - first)
+            _slice_block(first, num_rows, row, corners, scales, table, energy, out, first)
+            _softmax_block(num_rows, num_labels, out[first:], factors)
+
+
+@_compiled()
+def slice_softmax_scatter(
+    start,
+    stop,
+    num_labels,
+    bands,
+    first_rows,
+    vertex_of_row,
+    kernel_of_column,
+    vertices,
+    weights,
+    after,
+    table,
+    energy,
+    before,
+    sums,
+):
+    """A whole step in one pass over the pixels: the marginals are splatted and not kept, float32."""
+    corners = Corners(bands, first_rows, vertex_of_row, kernel_of_column, vertices, weights)
+    factors = np.empty(_BLOCK, np.float32)
+    block = np.empty((_BLOCK, energy.shape[1]), np.float32)
+    for band in range(start, stop):
+        row = corners.first_rows[band]
+        _clear(row, corners.first_rows[band + 1], sums)
+        for first in range(corners.bands[band], corners.bands[band + 1], _BLOCK):
+            num_rows = min(_BLOCK, corners.bands[band + 1] - first)
+            _slice_block(first, num_rows, row, corners, after, table, energy, block, 0)
+            _softmax_block(num_rows, num_labels, block, factors)
+            _scatter_block(first, num_rows, row, corners, before, block, 0, sums)
+
+
+@_compiled()
+def softmax(start, stop, num_labels, energy, out):
+    """out = softmax(-energy), float32."""
+    factors = np.empty(_BLOCK, np.float32)
+    width = energy.shape[1]
     for first in range(start, stop, _BLOCK):
         num_rows = min(_BLOCK, stop - first)
-        slice_rows(0, num_rows, vertices[first:], weights[first:], table, energy[first:], block)
-        for p in range(num_rows):
-            last = (p + 1) * width - 8
-            end = keep_first(load(block, last), num_labels - width + 8, _LARGE)
-            store(block, last, end)
-            for lane in range(p * width, last, 8):
-                end = minimum(end, load(block, lane))
-            factors[p] = reduce_minimum(end) * _LOG2_E
-        for p in range(num_rows):
-            lowest = broadcast(factors[p])
-            total = broadcast(np.float32(0))
-            for lane in range(p * width, (p + 1) * width, 8):
-                power = exp2(multiply_add(lowest, -_LOG2_E, load(block, lane)))
-                store(block, lane, power)
-                total = add(total, power)
-            factors[p] = np.float32(1) / reduce_add(total)
-        for p in range(num_rows):
-            factor = broadcast(factors[p])
-            for lane in range(0, width, 8):
-                store(out, (first + p) * width + lane, multiply(load(block, p * width + lane), factor))
+        for at in range(first * width, (first + num_rows) * width, 8):
+            store(out, at, load(energy, at))
+        _softmax_block(num_rows, num_labels, out[first:], factors)
 
 
 @_compiled()
@@ -176,9 +305,15 @@ def softmax_backward(start, stop, num_labels, q, grad, out):
 
 
 @_compiled(parallel=True)
-def parallel_splat(bounds, *arguments):
+def parallel_scatter(bounds, *arguments):
     for part in prange(len(bounds) - 1):
-        splat(bounds[part], bounds[part + 1], *arguments)
+        scatter(bounds[part], bounds[part + 1], *arguments)
+
+
+@_compiled(parallel=True)
+def parallel_combine(bounds, *arguments):
+    for part in prange(len(bounds) - 1):
+        combine(bounds[part], bounds[part + 1], *arguments)
 
 
 @_compiled(parallel=True)
@@ -203,6 +338,18 @@ def parallel_slice_rows(bounds, *arguments):
 def parallel_slice_softmax(bounds, *arguments):
     for part in prange(len(bounds) - 1):
         slice_softmax(bounds[part], bounds[part + 1], *arguments)
+
+
+@_compiled(parallel=True)
+def parallel_slice_softmax_scatter(bounds, *arguments):
+    for part in prange(len(bounds) - 1):
+        slice_softmax_scatter(bounds[part], bounds[part + 1], *arguments)
+
+
+@_compiled(parallel=True)
+def parallel_softmax(bounds, *arguments):
+    for part in prange(len(bounds) - 1):
+        softmax(bounds[part], bounds[part + 1], *arguments)
 
 
 @_compiled(parallel=True)

@@ -5,19 +5,19 @@ C+1 lattice directions) and slice (vertices to pixels), so that it serves every 
 and both CRFs. Several kernels, each with its own features, lie side by side in one lattice: their corners are columns
 of the same arrays, so that a pixel is read and written once per iteration. Several images lie one after another.
 
-What the maps compute is said here; how, by one backend a file: `lattice_numba` on a CPU, `lattice_triton` on a GPU and
-`lattice_torch` anywhere.
+What a mean-field step does with the maps is said here; how they are applied, by one backend a file: `lattice_numba` on
+a CPU, and `lattice_torch` anywhere.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from importlib.util import find_spec
 from math import prod
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -41,46 +41,42 @@ class Blur(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Lattice:
+class Lattice(ABC):
     """The linear operators K_m ~ exp(-|f_i - f_j|^2 / 2) over the feature vectors f of N points, one for each kernel m.
 
+    Values on the vertices are (M+1, L), with the M vertices of all kernels; the last row is 0 and stands for absent
+    neighbours.
+
     Attributes:
-        vertices: (N, C) int32 in 0..M-1, the corners of the simplices that enclose each point, kernel by kernel.
-        slice_weights: (N, C) float, barycentric coordinates of the point in them, normalised.
-        splat_points: (N*C,) int32, the points that touch vertex 0, then those of vertex 1, ...
-        splat_weights: (N*C,) float, their barycentric coordinates, normalised.
-        splat_offsets: (M+1,) int32, where each vertex's run starts.
         blurs: One for each kernel.
-        scales: (N, number of kernels) what slicing multiplies by and splatting does not; None where both are alike.
+        before: (N, number of kernels), what values are multiplied by before splatting.
+        after: (N, number of kernels), what they are multiplied by after slicing.
     """
 
-    vertices: Tensor
-    slice_weights: Tensor
-    splat_points: Tensor
-    splat_weights: Tensor
-    splat_offsets: Tensor
     blurs: tuple[Blur, ...]
-    scales: Tensor | None = None
+    before: Tensor
+    after: Tensor
 
-    @property
-    def num_vertices(self) -> int:
-        """M, over all kernels."""
-        return self.splat_offsets.shape[0] - 1
+    @abstractmethod
+    def splat(self, values: Tensor) -> Tensor:
+        """On each vertex the sum of weight * before * `values` (N, L) over the points that touch it."""
 
-    @property
-    def backend(self) -> ModuleType:
-        """The module that applies the maps."""
-        return _backend(self.vertices.device)
+    @abstractmethod
+    def blur(self, on_vertices: Tensor) -> Tensor:
+        """Each vertex plus half of both neighbours, in one direction after the other; may overwrite its argument."""
 
-    def splat_and_blur(self, values: Tensor) -> Tensor:
-        """(M+1, L) on the vertices from `values` (N, L); the last row is 0 and stands for absent neighbours."""
-        return self.backend.blur(self.blurs, self.backend.splat(self, values))
+    @abstractmethod
+    def mix(self, on_vertices: Tensor, matrices: Tensor) -> Tensor:
+        """Each kernel's vertices times its matrix. Filtering acts on pixels and matrices on labels, so compatibility
+        can be applied here, where rows are fewer than pixels."""
 
-    def slice(self, on_vertices: Tensor, energy: Tensor | None = None) -> Tensor:
-        """(N, L): `energy`, if any, plus what each point reads from its corners."""
-        if energy is None:
-            energy = self.backend.copy_rows(on_vertices.new_zeros(1, 1).expand(len(self.vertices), on_vertices.shape[1]))
-        return self.backend.slice_rows(self, on_vertices, energy)
+    @abstractmethod
+    def slice(self, on_vertices: Tensor, energy: Tensor) -> Tensor:
+        """`energy` (N, L) plus, for each point, the sum of weight * after * value over its corners."""
+
+    @abstractmethod
+    def slice_softmax(self, on_vertices: Tensor, energy: Tensor) -> Tensor:
+        """softmax(-slice(...)) over the labels."""
 
     def energy(self, q: Tensor, energy: Tensor, matrices: Tensor) -> Tensor:
         """`energy` (N, L) plus the message sum_m K_m q A_m, with `matrices` A (number of kernels, L, L).
@@ -93,57 +89,46 @@ class Lattice:
         """softmax(-energy(...)) (N, L): the marginals after one mean-field step."""
         return _Message.apply(q, energy, matrices, self, True)  # pyright: ignore[reportReturnType]
 
-    @cached_property
-    def adjoint(self) -> Lattice:
-        """The operators' transposes: slice and splat change places, and each blur, symmetric in itself, its order."""
-        blurs = tuple(Blur(start, stop, neighbors.flip(0)) for start, stop, neighbors in self.blurs)
-        if self.scales is None:
-            return replace(self, blurs=blurs)
-        corners = torch.tensor([len(blur.neighbors) for blur in self.blurs], device=self.scales.device)
-        kernel = torch.arange(len(self.blurs), device=self.scales.device)
-        runs = torch.stack([self.splat_offsets[blur.stop] - self.splat_offsets[blur.start] for blur in self.blurs])
-        scales = self.scales[self.splat_points, kernel.repeat_interleave(runs)]
-        return replace(
-            self,
-            slice_weights=self.slice_weights / self.scales.repeat_interleave(corners, 1),
-            splat_weights=self.splat_weights * scales,
-            blurs=blurs,
-            scales=1.0 / self.scales,
-        )
+    def infer(self, energy: Tensor, matrices: Tensor, num_iterations: int) -> Tensor:
+        """The marginals (N, L) after `num_iterations` updates from softmax(-energy), without gradients or history."""
+        q = softmax(energy)
+        for _ in range(num_iterations):
+            q = self.update(q, energy, matrices)
+        return q
 
-    def mix(self, on_vertices: Tensor, matrices: Tensor) -> Tensor:
-        """Multiply each kernel's vertices by its matrix. Filtering acts on pixels and matrices on labels, so the
-        compatibility can be applied here, where rows are fewer than pixels."""
-        return self.backend.mix(self.blurs, on_vertices, matrices)
+    def adjoint(self) -> Self:
+        """The operators' transposes: splat and slice change places, and each blur, symmetric in itself, its order."""
+        blurs = tuple(Blur(start, stop, neighbors.flip(0)) for start, stop, neighbors in self.blurs)
+        return replace(self, blurs=blurs, before=self.after, after=self.before)
 
 
 class _Message(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, energy: Tensor, matrices: Tensor, lattice: Lattice, normalize: bool) -> Tensor:
-        blurred = lattice.splat_and_blur(q)
+        blurred = lattice.blur(lattice.splat(q))
         mixed = lattice.mix(blurred, matrices)
-        result = lattice.backend.update(lattice, mixed, energy) if normalize else lattice.slice(mixed, energy)
-        ctx.lattice, ctx.normalize = lattice, normalize
+        result = lattice.slice_softmax(mixed, energy) if normalize else lattice.slice(mixed, energy)
+        ctx.lattice = lattice
         ctx.save_for_backward(blurred, matrices, result if normalize else None)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        blurred, matrices, result = ctx.saved_tensors
-        adjoint = ctx.lattice.adjoint
+        blurred, matrices, q = ctx.saved_tensors
+        adjoint = ctx.lattice.adjoint()
         (grad,) = grad_outputs
-        if ctx.normalize:
-            grad = adjoint.backend.softmax_backward(result, grad)
-        splatted = adjoint.backend.splat(adjoint, grad)
+        if q is not None:
+            grad = _backend(q.device).softmax_backward(q, grad)
+        splatted = adjoint.splat(grad)
         grad_matrices = None
         if ctx.needs_input_grad[2]:
             runs = [slice(blur.start, blur.stop) for blur in adjoint.blurs]
             grad_matrices = torch.stack([blurred[run].T @ splatted[run] for run in runs])
         grad_q = None
         if ctx.needs_input_grad[0]:
-            mixed = adjoint.mix(adjoint.backend.blur(adjoint.blurs, splatted), matrices.mT)
-            grad_q = adjoint.slice(mixed)
+            on_vertices = adjoint.mix(adjoint.blur(splatted), matrices.mT)
+            grad_q = adjoint.slice(on_vertices, zeros(len(grad), on_vertices))
         return grad_q, grad, grad_matrices, None, None
 
 
@@ -167,8 +152,13 @@ def softmax(energy: Tensor) -> Tensor:
 
 
 def pixel_major(values: Tensor) -> Tensor:
-    """(N, L) contiguous from (L, ...); differentiable."""
+    """(N, L) from (L, ...), laid out as the backend reads it fastest; differentiable."""
     return _backend(values.device).copy_rows(values.flatten(1).T)
+
+
+def zeros(num_rows: int, like: Tensor) -> Tensor:
+    """(num_rows, L) zeros for `like` (..., L)."""
+    return like.new_zeros(1, 1).expand(num_rows, like.shape[1])
 
 
 def build_lattice(
@@ -194,21 +184,31 @@ def build_lattice(
     """
     for kernel in features:
         _check_features(kernel)
-    first, backend = features[0], _backend(features[0].device)
-    corners = [kernel.shape[1] + 1 for kernel in features]
-    vertices = backend.empty((len(first), sum(corners)), first, torch.int32)
-    weights = backend.empty((len(first), sum(corners)), first)
-    blurs: list[Blur] = []
-    for kernel, columns in zip(features, _slices(corners), strict=True):
-        start = stop = blurs[-1].stop if blurs else 0
-        neighbors = []
-        for rows in _slices(lengths or [len(first)]):
-            views = vertices[rows, columns], weights[rows, columns]
-            neighbors.append(backend.embed(kernel[rows], *key_layout(kernel[rows]), stop, ring, *views))
-            stop += neighbors[-1].shape[2]
-        blurs.append(Blur(start, stop, torch.cat(neighbors, 2) if len(neighbors) > 1 else neighbors[0]))
-    splat_lists = backend.sort_by_vertex(vertices, weights, blurs[-1].stop)
-    return _normalize(Lattice(vertices, weights, *splat_lists, tuple(blurs)), normalization, corners)
+    lattice = _backend(features[0].device).build(features, ring, lengths or [len(features[0])])
+    return _normalize(lattice, normalization, [kernel.shape[1] for kernel in features])
+
+
+def _check_features(features: Tensor) -> None:
+    if features.ndim != 2 or 0 in features.shape:
+        raise ValueError(f"features: expected shape (N, C) with N, C >= 1, got {tuple(features.shape)}")
+    if not torch.isfinite(features).all():
+        raise ValueError("features: expected finite values, got NaN or infinity; check the image and the thetas")
+
+
+def _normalize(lattice: Lattice, normalization: Normalization, num_features: Sequence[int]) -> Lattice:
+    """Put the kernels' normalisation into the weights, so that it costs nothing in an iteration."""
+    if normalization == "none":
+        # The factor that makes one isolated vertex reproduce the volume of the continuous Gaussian.
+        scales = [1.0 / (1.0 + 0.5**count) for count in num_features]
+        return replace(lattice, after=lattice.after * lattice.after.new_tensor(scales))
+    blurred = lattice.blur(lattice.splat(lattice.before.new_ones(len(lattice.before), 1)))
+    apart = blurred.new_zeros(len(blurred), len(num_features))  # a column for each kernel: slicing keeps them apart
+    for kernel, blur in enumerate(lattice.blurs):
+        apart[blur.start : blur.stop, kernel] = blurred[blur.start : blur.stop, 0]
+    norm = lattice.slice(apart, zeros(len(lattice.before), apart)).contiguous()
+    if normalization == "symmetric":
+        return replace(lattice, before=norm.rsqrt(), after=norm.rsqrt())
+    return replace(lattice, after=norm.reciprocal())
 
 
 def deviations(num_features: int, dtype: torch.dtype) -> list[float]:
@@ -222,7 +222,11 @@ def deviations(num_features: int, dtype: torch.dtype) -> list[float]:
 
 
 def key_layout(features: Tensor) -> tuple[Tensor, Tensor]:
-    """(C,) int64 lowest coordinates and strides with which a vertex's first C coordinates pack into one int64."""
+    """(C,) int64 lowest coordinates and strides with which a vertex's first C coordinates pack into one int64.
+
+    Raises:
+        ValueError: If the coordinates of the vertices need more than 62 bits.
+    """
     num_features, margin = features.shape[1], 4 * (features.shape[1] + 1)
     scales = torch.tensor(deviations(num_features, torch.float64), dtype=torch.float64)
     bounds = torch.stack(torch.aminmax(features, dim=0)).cpu().double() * scales
@@ -239,36 +243,8 @@ def key_layout(features: Tensor) -> tuple[Tensor, Tensor]:
     return low, torch.tensor([prod(sizes[:index]) for index in range(num_features)])
 
 
-def _check_features(features: Tensor) -> None:
-    if features.ndim != 2 or 0 in features.shape:
-        raise ValueError(f"features: expected shape (N, C) with N, C >= 1, got {tuple(features.shape)}")
-    if not torch.isfinite(features).all():
-        raise ValueError("features: expected finite values, got NaN or infinity; check the image and the thetas")
-
-
-def _normalize(lattice: Lattice, normalization: Normalization, corners: Sequence[int]) -> Lattice:
-    """Put the kernels' normalisation into the weights, so that it costs nothing in an iteration."""
-    columns = torch.tensor(corners, device=lattice.vertices.device)
-    if normalization == "none":
-        # The factor that makes one isolated vertex reproduce the volume of the continuous Gaussian, half on each side.
-        root = (1.0 / (1.0 + 0.5 ** (columns - 1.0))).sqrt().to(lattice.slice_weights.dtype)
-        scales = root.expand(len(lattice.vertices), -1)
-    else:
-        ones = lattice.slice_weights.new_ones(len(lattice.vertices), 1)
-        blurred = lattice.splat_and_blur(ones)
-        apart = blurred.new_zeros(len(blurred), len(corners))  # one column a kernel, so that slicing keeps them apart
-        for kernel, blur in enumerate(lattice.blurs):
-            apart[blur.start : blur.stop, kernel] = blurred[blur.start : blur.stop, 0]
-        norm = lattice.slice(apart)
-        scales = norm.rsqrt() if normalization == "symmetric" else norm.reciprocal()
-    sliced = lattice.slice_weights * scales.repeat_interleave(columns, 1)
-    if normalization == "after":
-        return replace(lattice, slice_weights=sliced, scales=scales)
-    both_alike = replace(lattice, scales=scales).adjoint.splat_weights
-    return replace(lattice, slice_weights=sliced, splat_weights=both_alike)
-
-
-def _slices(lengths: Sequence[int]) -> Iterator[slice]:
+def slices(lengths: Sequence[int]) -> Iterator[slice]:
+    """Consecutive slices of these lengths."""
     start = 0
     for length in lengths:
         yield slice(start, start + length)
@@ -276,11 +252,9 @@ def _slices(lengths: Sequence[int]) -> Iterator[slice]:
 
 
 def _backend(device: torch.device) -> ModuleType:
-    """The fastest backend there is for `device`; numba and triton are optional."""
+    """The fastest backend there is for `device`; numba is optional."""
     if device.type == "cpu" and find_spec("numba"):
         from instseg.crf import lattice_numba as backend
-    elif device.type == "cuda" and find_spec("triton"):
-        from instseg.crf import lattice_triton as backend
     else:
         from instseg.crf import lattice_torch as backend
     return backend

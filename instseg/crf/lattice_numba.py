@@ -1,7 +1,7 @@
 """The lattice on a CPU: loops compiled by numba, run on as many threads as torch uses.
 
-Every loop writes each of its rows once, from a sum in a fixed order, so results are the same, bit for bit, at any
-number of threads. The first call on a machine compiles; later processes read numba's cache.
+Results are the same, bit for bit, at any number of threads. The first call on a machine compiles; later processes read
+numba's cache.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,25 +20,164 @@ from numba import config as numba_config
 from numba import set_num_threads
 from torch import Tensor
 
-from instseg.crf import build_loops, filter_loops as loops
-from instseg.crf.lattice import deviations
+from instseg.crf import build_loops
+from instseg.crf import filter_loops as loops
+from instseg.crf.filter_loops import Corners
+from instseg.crf.lattice import Blur, Lattice, deviations, key_layout, slices
 from instseg.crf.simd import LANES
 
-if TYPE_CHECKING:
-    from instseg.crf.lattice import Blur, Lattice
-
-_LOCK = Lock()
-_CACHE_LINE = 64  # bytes
+_BAND = 1 << 14  # pixels of a band at most
 _SMALL = 1 << 14  # elements below which another thread costs more than it saves
+_CACHE_LINE = 64  # bytes
+_LOCK = Lock()
+
+
+@dataclass(frozen=True)
+class NumbaLattice(Lattice):
+    """A lattice whose pixels come in bands, each with rows of its own to splat to.
+
+    Attributes:
+        corners: Where pixels read and write.
+        row_offsets: (M+1,) int32, where each vertex's run of bands' rows starts.
+        rows: (R,) int32, the bands' rows of vertex 0, then those of vertex 1, ...
+    """
+
+    corners: Corners
+    row_offsets: np.ndarray
+    rows: np.ndarray
+
+    def splat(self, values: Tensor) -> Tensor:  # noqa: D102 (the base class says it)
+        sums = _rows(empty_rows(len(self.rows), values.shape[1], values))
+        arrays = *self.corners, self.before.numpy(), _rows(values), sums
+        _run(loops.scatter, loops.parallel_scatter, self._bands(), *arrays)
+        return self._combine(sums, values)
+
+    def blur(self, on_vertices: Tensor) -> Tensor:  # noqa: D102
+        first, second = _rows(on_vertices), _rows(empty_rows(*on_vertices.shape, on_vertices))
+        second[-1] = 0
+        for start, stop, neighbors in self.blurs:
+            source, target = first, second
+            bounds = start + _even_bounds(stop - start, first.shape[1])
+            for before, after in neighbors.numpy():
+                _run(loops.blur, loops.parallel_blur, bounds, start, before, after, source, target)
+                source, target = target, source
+            if source is second:
+                first[start:stop] = second[start:stop]
+        return on_vertices
+
+    def mix(self, on_vertices: Tensor, matrices: Tensor) -> Tensor:  # noqa: D102
+        # Not torch's product: its threads spin for milliseconds after it, where ours should run.
+        mixed = empty_rows(*on_vertices.shape, on_vertices)
+        _rows(mixed)[-1] = 0
+        for (start, stop, _), matrix in zip(self.blurs, matrices, strict=True):
+            bounds = start + _even_bounds(stop - start, on_vertices.shape[1])
+            _run(loops.mix, loops.parallel_mix, bounds, *map(_rows, (on_vertices, matrix, mixed)))
+        return mixed
+
+    def slice(self, on_vertices: Tensor, energy: Tensor) -> Tensor:  # noqa: D102
+        out = empty_rows(*energy.shape, energy)
+        arrays = *self.corners, self.after.numpy(), *map(_rows, (on_vertices, energy, out))
+        _run(loops.slice_rows, loops.parallel_slice_rows, self._bands(), *arrays)
+        return out
+
+    def slice_softmax(self, on_vertices: Tensor, energy: Tensor) -> Tensor:  # noqa: D102
+        if energy.dtype != torch.float32:  # the compiled exponential is a float32 one
+            return (-self.slice(on_vertices, energy)).softmax(1)
+        out = empty_rows(*energy.shape, energy)
+        arrays = *self.corners, self.after.numpy(), *map(_rows, (on_vertices, energy, out))
+        _run(loops.slice_softmax, loops.parallel_slice_softmax, self._bands(), energy.shape[1], *arrays)
+        return out
+
+    def infer(self, energy: Tensor, matrices: Tensor, num_iterations: int) -> Tensor:
+        """As the base class says, in one pass over the pixels for each iteration."""
+        if energy.dtype != torch.float32 or num_iterations == 0:
+            return super().infer(energy, matrices, num_iterations)
+        on_vertices = self.splat(softmax(energy))
+        before, after, rows = self.before.numpy(), self.after.numpy(), _rows(energy)
+        sums = _rows(empty_rows(len(self.rows), energy.shape[1], energy))
+        for _ in range(num_iterations - 1):
+            table = _rows(self.mix(self.blur(on_vertices), matrices))
+            arrays = energy.shape[1], *self.corners, after, table, rows, before, sums
+            _run(loops.slice_softmax_scatter, loops.parallel_slice_softmax_scatter, self._bands(), *arrays)
+            on_vertices = self._combine(sums, energy)
+        return self.slice_softmax(self.mix(self.blur(on_vertices), matrices), energy)
+
+    def _combine(self, sums: np.ndarray, like: Tensor) -> Tensor:
+        on_vertices = empty_rows(len(self.row_offsets), like.shape[1], like)
+        out = _rows(on_vertices)
+        out[-1] = 0
+        bounds = _even_bounds(len(out) - 1, out.shape[1])
+        _run(loops.combine, loops.parallel_combine, bounds, self.row_offsets, self.rows, sums, out)
+        return on_vertices
+
+    def _bands(self) -> np.ndarray:
+        num_bands = len(self.corners.bands) - 1
+        return np.linspace(0, num_bands, min(num_bands, torch.get_num_threads()) + 1).round().astype(np.int64)
+
+
+def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> NumbaLattice:
+    """The lattice without normalisation, vertices numbered in the order in which pixels touch them."""
+    num_corners = [kernel.shape[1] + 1 for kernel in features]
+    num_points, num_columns = len(features[0]), sum(num_corners)
+    weights = empty((num_points, num_columns), features[0])
+    vertices = empty((num_points, num_columns), features[0], torch.int32).numpy()
+    bands = _band_bounds(lengths)
+    num_rows = np.zeros(len(bands) - 1, np.int64)  # of each band, so far
+    vertex_of_row: list[list[np.ndarray]] = [[] for _ in num_rows]
+    blurs: list[Blur] = []
+    for kernel, columns in zip(features, slices(num_corners), strict=True):
+        start = stop = blurs[-1].stop if blurs else 0
+        neighbors = []
+        for image in slices(lengths):
+            parts = range(*np.searchsorted(bands, (image.start, image.stop)))
+            keys, steps = _embed(kernel[image], weights.numpy()[image, columns])
+            views = keys, bands[parts.start : parts.stop + 1] - image.start, vertices[image, columns]
+            table, unique, count, numbers = _number_vertices(*views, num_rows[parts.start : parts.stop])
+            for band, of_band in zip(parts, numbers, strict=True):
+                vertex_of_row[band].append(of_band + np.int32(stop))
+            if ring:
+                table, unique, count = build_loops.add_ring(steps, table, unique, count)
+            neighbors.append(_find_neighbors(steps, table, unique, count, stop))
+            stop += count
+        blurs.append(Blur(start, stop, torch.cat(neighbors, 2) if len(neighbors) > 1 else neighbors[0]))
+    of_row = np.concatenate([numbers for band in vertex_of_row for numbers in band])
+    first_rows = np.concatenate([[0], np.cumsum(num_rows)])
+    kernel_of_column = np.repeat(np.arange(len(features)), num_corners)
+    ones = features[0].new_ones(num_points, len(features))
+    return NumbaLattice(
+        blurs=tuple(blurs),
+        before=ones,
+        after=ones,
+        corners=Corners(bands, first_rows, of_row, kernel_of_column, vertices, weights.numpy()),
+        row_offsets=np.concatenate([[0], np.bincount(of_row, minlength=blurs[-1].stop).cumsum()]).astype(np.int32),
+        rows=np.argsort(of_row, kind="stable").astype(np.int32),
+    )
+
+
+def softmax(energy: Tensor) -> Tensor:
+    """softmax(-energy) (N, L)."""
+    if energy.dtype != torch.float32:
+        return (-energy).softmax(1)
+    out = empty_rows(*energy.shape, energy)
+    _run(loops.softmax, loops.parallel_softmax, _even_bounds(*energy.shape), out.shape[1], *map(_rows, (energy, out)))
+    return out
+
+
+def softmax_backward(q: Tensor, grad: Tensor) -> Tensor:
+    """As `lattice_torch.softmax_backward`."""
+    out = empty_rows(*q.shape, q)
+    arrays = map(_rows, (q, grad, out))
+    _run(loops.softmax_backward, loops.parallel_softmax_backward, _even_bounds(*q.shape), q.shape[1], *arrays)
+    return out
 
 
 def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """As `lattice_torch.empty`, by NumPy: it asks for huge pages, without which new memory costs as much as the work."""
-    return torch.from_numpy(np.empty(shape, _numpy(torch.empty(0, dtype=dtype or like.dtype)).dtype))
+    """Memory, from NumPy: it asks for huge pages, without which new memory costs as much as the work on it."""
+    return torch.from_numpy(np.empty(shape, torch.empty(0, dtype=dtype or like.dtype).numpy().dtype))
 
 
 def empty_rows(num_rows: int, num_labels: int, like: Tensor) -> Tensor:
-    """As `lattice_torch.empty_rows`: rows lie a whole number of vectors apart, from the start of a cache line."""
+    """(num_rows, num_labels) memory whose rows lie a whole number of vectors apart, from the start of a cache line."""
     stride = _stride(num_labels)
     flat = empty((num_rows * stride + _CACHE_LINE,), like)
     start = -flat.data_ptr() % _CACHE_LINE // flat.element_size()
@@ -45,168 +185,70 @@ def empty_rows(num_rows: int, num_labels: int, like: Tensor) -> Tensor:
 
 
 def copy_rows(values: Tensor) -> Tensor:
-    """As `lattice_torch.copy_rows`. The padding becomes 0: what lay there could be denormal, and hundreds of times slower."""
+    """A copy of `values` (N, L) in `empty_rows`; differentiable.
+
+    The padding becomes 0: what lay there could be denormal, and hundreds of times slower.
+    """
     rows = empty_rows(*values.shape, values)
     padded = rows.as_strided((len(rows), _stride(rows.shape[1])), rows.stride(), rows.storage_offset())
     padded[:, rows.shape[1] :] = 0
     return rows.copy_(values)
 
 
-def splat(lattice: Lattice, values: Tensor) -> Tensor:
-    """As `lattice_torch.splat`."""
-    on_vertices = empty_rows(lattice.num_vertices + 1, values.shape[1], values)
-    _rows(on_vertices)[-1] = 0
-    offsets = lattice.splat_offsets.numpy()
-    # Vertices in parts that have equally many points.
-    bounds = np.searchsorted(offsets, even_bounds(int(offsets[-1]), values.shape[1]))
-    bounds[-1] = lattice.num_vertices
-    arrays = (offsets, *map(_numpy, (lattice.splat_points, lattice.splat_weights)), *map(_rows, (values, on_vertices)))
-    _run(loops.splat, loops.parallel_splat, bounds, *arrays)
-    return on_vertices
-
-
-def blur(blurs: Sequence[Blur], on_vertices: Tensor) -> Tensor:
-    """As `lattice_torch.blur`; overwrites its argument."""
-    other = empty_rows(*on_vertices.shape, on_vertices)
-    first, second = _rows(on_vertices), _rows(other)
-    second[-1] = 0
-    for start, stop, neighbors in blurs:
-        source, target = first, second
-        bounds = start + even_bounds(stop - start, on_vertices.shape[1])
-        for before, after in neighbors.numpy():
-            _run(loops.blur, loops.parallel_blur, bounds, start, before, after, source, target)
-            source, target = target, source
-        if source is second:
-            first[start:stop] = second[start:stop]
-    return on_vertices
-
-
-def mix(blurs: Sequence[Blur], on_vertices: Tensor, matrices: Tensor) -> Tensor:
-    """As `lattice_torch.mix`. Not torch's product: its threads spin for milliseconds after it, where ours should run."""
-    mixed = empty_rows(*on_vertices.shape, on_vertices)
-    _rows(mixed)[-1] = 0
-    for (start, stop, _), matrix in zip(blurs, matrices, strict=True):
-        bounds = start + even_bounds(stop - start, on_vertices.shape[1])
-        _run(loops.mix, loops.parallel_mix, bounds, *map(_rows, (on_vertices, matrix, mixed)))
-    return mixed
-
-
-def slice_rows(lattice: Lattice, on_vertices: Tensor, energy: Tensor) -> Tensor:
-    """As `lattice_torch.slice_rows`."""
-    out = empty_rows(*energy.shape, energy)
-    corners = map(_numpy, (lattice.vertices, lattice.slice_weights))
-    arrays = (*corners, *map(_rows, (on_vertices, energy, out)))
-    _run(loops.slice_rows, loops.parallel_slice_rows, even_bounds(*out.shape), *arrays)
-    return out
-
-
-def update(lattice: Lattice, on_vertices: Tensor, energy: Tensor) -> Tensor:
-    """As `lattice_torch.update`."""
-    if energy.dtype != torch.float32:  # the compiled exponential is a float32 one
-        return (-slice_rows(lattice, on_vertices, energy)).softmax(1)
-    return _softmax(lattice.vertices, lattice.slice_weights, on_vertices, energy)
-
-
-def softmax(energy: Tensor) -> Tensor:
-    """As `lattice_torch.softmax`."""
-    if energy.dtype != torch.float32:
-        return (-energy).softmax(1)
-    no_corners = torch.empty(len(energy), 0)
-    return _softmax(no_corners.int(), no_corners, energy, energy)
-
-
-def softmax_backward(q: Tensor, grad: Tensor) -> Tensor:
-    """As `lattice_torch.softmax_backward`."""
-    out = empty_rows(*q.shape, q)
-    arrays = map(_rows, (q, grad, out))
-    _run(loops.softmax_backward, loops.parallel_softmax_backward, even_bounds(*q.shape), q.shape[1], *arrays)
-    return out
-
-
-def sort_by_vertex(vertices: Tensor, weights: Tensor, num_vertices: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `lattice_torch.sort_by_vertex`: a counting sort, each thread on its own part of the points."""
-    bounds = even_bounds(*vertices.shape)
-    counts = np.zeros((len(bounds) - 1, num_vertices), np.int32)
-    parts = np.arange(len(bounds))
-    parallel_rows(build_loops.count_vertices, parts, bounds, _numpy(vertices), counts)
-    offsets = build_loops.offsets_of_counts(counts)
-    points, sorted_weights = (empty([vertices.numel()], like) for like in (vertices, weights))
-    arrays = map(_numpy, (vertices, weights, points, sorted_weights))
-    parallel_rows(build_loops.place_by_vertex, parts, bounds, counts, *arrays)
-    return points, sorted_weights, torch.from_numpy(offsets)
-
-
-def embed(
-    features: Tensor, low: Tensor, strides: Tensor, first_vertex: int, ring: bool, vertices: Tensor, weights: Tensor
-) -> Tensor:
-    """As `lattice_torch.embed`, with vertices numbered in the order in which points touch them."""
+def _embed(features: Tensor, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Fill in the barycentric coordinates; each corner's key (N, C+1), and the step in keys of each direction (C+1,)."""
     num_points, num_features = features.shape
+    low, strides = key_layout(features)
     scales = torch.tensor(deviations(num_features, features.dtype), dtype=features.dtype)
-    keys = empty((num_points, num_features + 1), low)
-    bounds = even_bounds(*keys.shape)
-    parallel_rows(build_loops.embed, bounds, *map(_numpy, (features.contiguous(), scales, low, strides, weights, keys)))
-    steps = (strides.sum() - (num_features + 1) * torch.cat([strides, strides.new_zeros(1)])).numpy()
-    table, unique, count = _number_vertices(bounds, _numpy(keys), _numpy(vertices), first_vertex)
-    if ring:
-        table, unique, count = build_loops.add_ring(steps, table, unique, count)
-    neighbors = empty((num_features + 1, 2, count), vertices)
-    bounds = even_bounds(count, 2 * num_features)
-    parallel_rows(build_loops.find_neighbors, bounds, steps, table, unique, first_vertex, _numpy(neighbors))
+    keys = empty((num_points, num_features + 1), strides).numpy()
+    arrays = (tensor.numpy() for tensor in (features.contiguous(), scales, low, strides))
+    _in_threads(build_loops.embed, _even_bounds(*keys.shape), *arrays, weights, keys)
+    steps = strides.sum() - (num_features + 1) * torch.cat([strides, strides.new_zeros(1)])
+    return keys, steps.numpy()
+
+
+def _number_vertices(keys: np.ndarray, bands: np.ndarray, vertices: np.ndarray, first_rows: np.ndarray) -> Any:
+    """Number each band's keys by themselves, after its `first_rows`, which move on; then the distinct keys of all bands.
+
+    Returns:
+        Hash table, distinct keys and their count; and for each band the number of each of its keys among them.
+    """
+    parts: list[Any] = [None] * (len(bands) - 1)
+
+    def number(start: int, stop: int) -> None:
+        for band in range(start, stop):
+            parts[band] = build_loops.number_vertices(*bands[band : band + 2], first_rows[band], keys, vertices)
+
+    _in_threads(number, np.linspace(0, len(parts), min(len(parts), torch.get_num_threads()) + 1).round().astype(int))
+    table, unique, count = parts[0][0], parts[0][1], parts[0][2]
+    numbers = [np.arange(count, dtype=np.int32)]
+    for _, keys_of_band, count_of_band in parts[1:]:
+        table, unique, count, of_band = build_loops.merge_vertices(keys_of_band[:count_of_band], table, unique, count)
+        numbers.append(of_band)
+    first_rows += [len(of_band) for of_band in numbers]
+    return table, unique, count, numbers
+
+
+def _find_neighbors(steps: np.ndarray, table: np.ndarray, unique: np.ndarray, count: int, first_vertex: int) -> Tensor:
+    neighbors = empty((len(steps), 2, count), torch.empty(0, dtype=torch.int32))
+    bounds = _even_bounds(count, 2 * len(steps))
+    _in_threads(build_loops.find_neighbors, bounds, steps, table, unique, first_vertex, neighbors.numpy())
     return neighbors
 
 
-def _number_vertices(bounds: np.ndarray, keys: np.ndarray, vertices: np.ndarray, first_vertex: int) -> Any:
-    """Number the keys in the order of their first touch: each part by itself, then the parts' vertices in order.
-
-    That order, and so every later sum, does not depend on where the parts begin.
-    """
-    parts: list[Any] = [None] * (len(bounds) - 1)
-
-    def number(part: int, _: int) -> None:
-        parts[part] = build_loops.number_vertices(bounds[part], bounds[part + 1], keys, vertices)
-
-    parallel_rows(number, np.arange(len(bounds)))
-    (table, unique, count), *others = parts
-    mappings = [np.arange(count, dtype=np.int32)]
-    for _, keys_of_part, count_of_part in others:
-        table, unique, count, mapping = build_loops.merge_vertices(keys_of_part[:count_of_part], table, unique, count)
-        mappings.append(mapping)
-    renumbering = list(zip(bounds[:-1], bounds[1:], mappings, strict=True))
-
-    def renumber(part: int, _: int) -> None:
-        build_loops.renumber(*renumbering[part], first_vertex, vertices)
-
-    parallel_rows(renumber, np.arange(len(bounds)))
-    return table, unique, count
+def _band_bounds(lengths: Sequence[int]) -> np.ndarray:
+    """Where bands of pixels start and stop: equal parts of each image, however many threads there are."""
+    bounds = [
+        image.start + np.linspace(0, image.stop - image.start, -(-(image.stop - image.start) // _BAND) + 1)[:-1].round()
+        for image in slices(lengths)
+    ]
+    return np.concatenate([*bounds, [sum(lengths)]]).astype(np.int64)
 
 
-def parallel_rows(loop: Callable[..., None], bounds: np.ndarray, *arguments: Any) -> None:
-    """Run loop(start, stop, *arguments) between consecutive `bounds`, each in a thread: the loops release the GIL."""
-    pairs = list(zip(bounds[:-1], bounds[1:], strict=True))
-    others = [_pool(len(pairs) - 1, os.getpid()).submit(loop, *pair, *arguments) for pair in pairs[1:]]
-    loop(*pairs[0], *arguments)
-    for other in others:
-        other.result()
-
-
-def even_bounds(num_rows: int, row_length: int) -> np.ndarray:
+def _even_bounds(num_rows: int, row_length: int) -> np.ndarray:
     """Where equal parts of some rows start and stop: a part for each thread of torch, or one where the work is small."""
     num_parts = torch.get_num_threads() if num_rows * row_length > _SMALL else 1
     return np.linspace(0, num_rows, num_parts + 1).astype(np.int64)
-
-
-@cache
-def _pool(num_threads: int, process: int) -> ThreadPoolExecutor:  # a forked process has none of its parent's threads
-    del process
-    return ThreadPoolExecutor(num_threads, "instseg-crf")
-
-
-def _softmax(vertices: Tensor, weights: Tensor, table: Tensor, energy: Tensor) -> Tensor:
-    out = empty_rows(*energy.shape, energy)
-    arrays = (*map(_numpy, (vertices, weights)), *map(_rows, (table, energy, out)))
-    bounds = even_bounds(*out.shape)
-    _run(loops.slice_softmax, loops.parallel_slice_softmax, bounds, out.shape[1], *arrays)
-    return out
 
 
 def _run(serial: Callable[..., None], parallel: Callable[..., None], bounds: np.ndarray, *arguments: Any) -> None:
@@ -219,8 +261,27 @@ def _run(serial: Callable[..., None], parallel: Callable[..., None], bounds: np.
         parallel(bounds, *arguments)
 
 
+def _in_threads(function: Callable[..., None], bounds: np.ndarray, *arguments: Any) -> None:
+    """Call function(start, stop, *arguments) between consecutive `bounds`, each in a thread: loops release the GIL."""
+    pairs = list(zip(bounds[:-1], bounds[1:], strict=True))
+    others = [_pool(len(pairs) - 1, os.getpid()).submit(function, *pair, *arguments) for pair in pairs[1:]]
+    function(*pairs[0], *arguments)
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool(num_threads: int, process: int) -> ThreadPoolExecutor:  # a forked process has none of its parent's threads
+    del process
+    return ThreadPoolExecutor(num_threads, "instseg-crf")
+
+
+def _stride(num_labels: int) -> int:
+    return -(-num_labels // LANES) * LANES
+
+
 def _rows(tensor: Tensor) -> np.ndarray:
-    """The padded rows of a tensor that `empty` made, or of a copy of it."""
+    """The padded rows of a tensor of `empty_rows`, or of a copy of any other."""
     num_rows, length = tensor.shape
     stride = _stride(length)
     tensor = tensor.detach()
@@ -228,11 +289,3 @@ def _rows(tensor: Tensor) -> np.ndarray:
     if tensor.stride() != (stride, 1) or end * tensor.element_size() > tensor.untyped_storage().nbytes():
         tensor = copy_rows(tensor)
     return tensor.as_strided((num_rows, stride), (stride, 1)).numpy()
-
-
-def _stride(num_labels: int) -> int:
-    return -(-num_labels // LANES) * LANES
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().numpy()

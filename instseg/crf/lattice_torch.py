@@ -3,72 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from instseg.crf.lattice import deviations
-
-if TYPE_CHECKING:
-    from instseg.crf.lattice import Blur, Lattice
+from instseg.crf.lattice import Blur, Lattice, deviations, key_layout, slices
 
 
-def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory of any shape."""
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+@dataclass(frozen=True)
+class TorchLattice(Lattice):
+    """Splatting gathers too, from lists of points sorted by vertex, so that sums have one order on any device.
 
+    Attributes:
+        vertices: (N, C) int32, the corners of the simplices that enclose each point, kernel by kernel.
+        weights: (N, C), its barycentric coordinates in them.
+        order: (N*C,) int64, positions in the flat `vertices`, by vertex, then by point.
+        offsets: (M,) int64, where each vertex's run in `order` starts.
+        kernel_of_column: (C,) int64, to which kernel each corner belongs.
+    """
 
-def empty_rows(num_rows: int, num_labels: int, like: Tensor) -> Tensor:
-    """(num_rows, num_labels) memory, laid out as the backend reads it fastest."""
-    return like.new_empty(num_rows, num_labels)
+    vertices: Tensor
+    weights: Tensor
+    order: Tensor
+    offsets: Tensor
+    kernel_of_column: Tensor
 
+    def splat(self, values: Tensor) -> Tensor:  # noqa: D102 (the base class says it)
+        weights = (self.weights * self.before[:, self.kernel_of_column]).flatten()[self.order]
+        points = self.order // self.vertices.shape[1]
+        on_vertices = values.new_zeros(len(self.offsets) + 1, values.shape[1])
+        on_vertices[:-1] = embedding_bag(points, values, self.offsets, mode="sum", per_sample_weights=weights)
+        return on_vertices
 
-def copy_rows(values: Tensor) -> Tensor:
-    """A copy of `values` (N, L) in `empty_rows`; differentiable."""
-    return values.contiguous()
+    def blur(self, on_vertices: Tensor) -> Tensor:  # noqa: D102
+        on_vertices = on_vertices.clone()
+        for start, stop, neighbors in self.blurs:
+            for before, after in neighbors.long():  # -1 is the last row
+                on_vertices[start:stop] += 0.5 * (on_vertices[before] + on_vertices[after])
+        return on_vertices
 
+    def mix(self, on_vertices: Tensor, matrices: Tensor) -> Tensor:  # noqa: D102
+        mixed = torch.zeros_like(on_vertices)
+        for (start, stop, _), matrix in zip(self.blurs, matrices, strict=True):
+            torch.mm(on_vertices[start:stop], matrix, out=mixed[start:stop])
+        return mixed
 
-def splat(lattice: Lattice, values: Tensor) -> Tensor:
-    """(M+1, L): on each vertex the weighted sum of `values` (N, L) over the points that touch it; the last row is 0."""
-    on_vertices = values.new_zeros(lattice.num_vertices + 1, values.shape[1])
-    offsets = lattice.splat_offsets[:-1]
-    on_vertices[:-1] = embedding_bag(
-        lattice.splat_points, values, offsets, mode="sum", per_sample_weights=lattice.splat_weights
-    )
-    return on_vertices
+    def slice(self, on_vertices: Tensor, energy: Tensor) -> Tensor:  # noqa: D102
+        weights = self.weights * self.after[:, self.kernel_of_column]
+        return energy + embedding_bag(self.vertices, on_vertices, mode="sum", per_sample_weights=weights)
 
-
-def blur(blurs: Sequence[Blur], on_vertices: Tensor) -> Tensor:
-    """(M+1, L): each vertex plus half of both neighbours, in one direction after the other."""
-    on_vertices = on_vertices.clone()
-    for start, stop, neighbors in blurs:
-        for before, after in neighbors.long():  # -1 is the last row
-            on_vertices[start:stop] += 0.5 * (on_vertices[before] + on_vertices[after])
-    return on_vertices
-
-
-def mix(blurs: Sequence[Blur], on_vertices: Tensor, matrices: Tensor) -> Tensor:
-    """(M+1, L): each kernel's vertices times its matrix, of `matrices` (number of kernels, L, L)."""
-    mixed = torch.zeros_like(on_vertices)
-    for (start, stop, _), matrix in zip(blurs, matrices, strict=True):
-        torch.mm(on_vertices[start:stop], matrix, out=mixed[start:stop])
-    return mixed
-
-
-def slice_rows(lattice: Lattice, on_vertices: Tensor, energy: Tensor) -> Tensor:
-    """(N, L): `energy` (N, L) plus the weighted sum of each point's vertices."""
-    return energy + embedding_bag(lattice.vertices, on_vertices, mode="sum", per_sample_weights=lattice.slice_weights)
-
-
-def update(lattice: Lattice, on_vertices: Tensor, energy: Tensor) -> Tensor:
-    """softmax(-slice_rows(...)) over the labels."""
-    return (-slice_rows(lattice, on_vertices, energy)).softmax(1)
+    def slice_softmax(self, on_vertices: Tensor, energy: Tensor) -> Tensor:  # noqa: D102
+        return softmax(self.slice(on_vertices, energy))
 
 
 def softmax(energy: Tensor) -> Tensor:
-    """softmax(-energy) (N, L) over the labels."""
+    """softmax(-energy) (N, L)."""
     return (-energy).softmax(1)
 
 
@@ -77,42 +68,53 @@ def softmax_backward(q: Tensor, grad: Tensor) -> Tensor:
     return -q * (grad - (q * grad).sum(1, keepdim=True))
 
 
-def sort_by_vertex(vertices: Tensor, weights: Tensor, num_vertices: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The splat lists: points and weights by vertex, in the order of the points, and where each vertex's run starts."""
-    _, order = vertices.flatten().sort(stable=True)
-    counts = torch.bincount(vertices.flatten(), minlength=num_vertices)
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-    return (order // vertices.shape[1]).int(), weights.flatten()[order], offsets
+def copy_rows(values: Tensor) -> Tensor:
+    """`values` (N, L), contiguous; differentiable."""
+    return values.contiguous()
 
 
-def embed(
-    features: Tensor, low: Tensor, strides: Tensor, first_vertex: int, ring: bool, vertices: Tensor, weights: Tensor
-) -> Tensor:
-    """Build one kernel of one image.
+def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> TorchLattice:
+    """The lattice without normalisation."""
+    corners, blurs = [], []
+    stop = 0
+    for kernel in features:
+        start, built = stop, []
+        for image in slices(lengths):
+            built.append(_build_one(kernel[image], ring, stop))
+            stop += built[-1][2].shape[2]
+        vertices, weights, neighbors = zip(*built, strict=True)
+        corners.append((torch.cat(vertices), torch.cat(weights)))
+        blurs.append(Blur(start, stop, torch.cat(neighbors, 2)))
+    vertices, weights = (torch.cat(columns, 1) for columns in zip(*corners, strict=True))
+    counts = torch.bincount(vertices.flatten(), minlength=stop)
+    kernel = torch.arange(len(features), device=vertices.device)
+    num_corners = torch.tensor([kernel.shape[1] + 1 for kernel in features], device=vertices.device)
+    ones = weights.new_ones(len(weights), len(features))
+    return TorchLattice(
+        blurs=tuple(blurs),
+        before=ones,
+        after=ones,
+        vertices=vertices,
+        weights=weights,
+        order=vertices.flatten().sort(stable=True)[1],
+        offsets=counts.cumsum(0) - counts,
+        kernel_of_column=kernel.repeat_interleave(num_corners),
+    )
 
-    Args:
-        features: (N, C).
-        low: (C,) int64, strides: (C,) int64, how vertices pack into keys.
-        first_vertex: The number of the first new vertex.
-        ring: Add the neighbours of the vertices that a point touches.
-        vertices: (N, C+1) int32, filled with the corners of the simplex that encloses each point.
-        weights: (N, C+1), filled with its barycentric coordinates in it.
 
-    Returns:
-        (C+1, 2, M) int32, the neighbours of each of the M new vertices in each direction; -1 where there is none.
-    """
-    low, strides = low.to(features.device), strides.to(features.device)
-    base, rank, barycentric = _enclosing_simplex(_elevate(features))
+def _build_one(features: Tensor, ring: bool, first_vertex: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One kernel of one image: vertices (N, C+1) from `first_vertex`, barycentric coordinates, neighbours (C+1, 2, M)."""
+    low, strides = (layout.to(features.device) for layout in key_layout(features))
+    base, rank, weights = _enclosing_simplex(_elevate(features))
     keys = _corner_keys(base, rank, low, strides)
     steps = strides.sum() - (features.shape[1] + 1) * torch.cat([strides, strides.new_zeros(1)])
     unique = keys.unique()
     if ring:
         unique = torch.cat([unique, *(unique + step for step in steps), *(unique - step for step in steps)]).unique()
-    vertices.copy_(torch.searchsorted(unique, keys) + first_vertex)
-    weights.copy_(barycentric)
     sought = unique + torch.stack([-steps, steps], 1)[..., None]
     found = torch.searchsorted(unique, sought).clamp_(max=len(unique) - 1)
-    return torch.where(unique[found] == sought, found + first_vertex, -1).int()
+    neighbors = torch.where(unique[found] == sought, found + first_vertex, -1)
+    return (torch.searchsorted(unique, keys) + first_vertex), weights, neighbors
 
 
 def _elevate(features: Tensor) -> Tensor:
