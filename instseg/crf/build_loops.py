@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import njit, prange
 
 _EMPTY = np.int64(-1)  # keys are not negative
 _BLOCK = 128  # points that a loop carries through all its steps in the first-level cache
@@ -108,13 +108,11 @@ def _new_table(size):
 
 @_compiled()
 def _add(key, slot, table, unique, count):
-    """Give `key` the next number; table and distinct keys grow when they are half full."""
+    """The table with `key`, whose number is `count`, also noted in `unique`; it grows when half full."""
     keys, numbers = table
-    if count == len(unique):
-        keys, numbers = _new_table(2 * len(keys))
-        larger = np.empty(2 * len(unique), np.int64)
-        larger[:count] = unique
-        unique = larger
+    unique[count] = key
+    if 2 * count >= len(keys):
+        keys, numbers = _new_table(4 * len(keys))
         for vertex in range(count):
             slot = _find(unique[vertex], keys)
             keys[slot] = unique[vertex]
@@ -122,69 +120,94 @@ def _add(key, slot, table, unique, count):
         slot = _find(key, keys)
     keys[slot] = key
     numbers[slot] = count
-    unique[count] = key
-    return (keys, numbers), unique, count + 1
+    return keys, numbers
 
 
 @_compiled()
-def number_vertices(start, stop, first_number, keys, vertices):
-    """Number the keys of some points in the order of their first touch, from `first_number`.
+def number_vertices(start, stop, bands, first_numbers, keys, vertices, unique, counts):
+    """Number the keys of each band of points in the order of their first touch, from the band's first number.
+
+    `unique` (B, U) receives the distinct keys of each band and `counts` (B,) how many they are.
+    """
+    for band in range(start, stop):
+        table, count = _new_table(1 << 13), 0
+        for i in range(bands[band], bands[band + 1]):
+            for c in range(keys.shape[1]):
+                key = keys[i, c]
+                if i > bands[band] and keys[i - 1, c] == key:  # points next to each other share most corners
+                    vertices[i, c] = vertices[i - 1, c]
+                    continue
+                slot = _find(key, table[0])
+                if table[0][slot] != key:
+                    table = _add(key, slot, table, unique[band], count)
+                    vertices[i, c] = count + first_numbers[band]
+                    count += 1
+                else:
+                    vertices[i, c] = table[1][slot] + first_numbers[band]
+        counts[band] = count
+
+
+@_compiled()
+def merge_vertices(keys, capacity):
+    """Number the distinct ones among `keys` in order.
 
     Returns:
-        Hash table (of numbers from 0), distinct keys, their count.
+        Hash table, distinct keys with room for `capacity`, their count, and the number of each of `keys`.
     """
     table = _new_table(1 << 13)
-    unique = np.empty(1 << 12, np.int64)
-    count = 0
-    for i in range(start, stop):
-        for c in range(keys.shape[1]):
-            key = keys[i, c]
-            if i > start and keys[i - 1, c] == key:  # points next to each other share most corners
-                vertices[i, c] = vertices[i - 1, c]
-                continue
-            slot = _find(key, table[0])
-            if table[0][slot] == key:
-                vertices[i, c] = table[1][slot] + first_number
-            else:
-                vertices[i, c] = count + first_number
-                table, unique, count = _add(key, slot, table, unique, count)
-    return table, unique, count
-
-
-@_compiled()
-def merge_vertices(keys, table, unique, count):
-    """Add the distinct keys of further points, in order; and the number that each has now."""
+    unique = np.empty(capacity, np.int64)
     numbers = np.empty(len(keys), np.int32)
+    count = 0
     for k in range(len(keys)):
         slot = _find(keys[k], table[0])
         if table[0][slot] == keys[k]:
             numbers[k] = table[1][slot]
         else:
+            table = _add(keys[k], slot, table, unique, count)
             numbers[k] = count
-            table, unique, count = _add(keys[k], slot, table, unique, count)
+            count += 1
     return table, unique, count, numbers
 
 
 @_compiled()
 def add_ring(steps, table, unique, count):
-    """Add the vertices next to those that a point touches."""
+    """Add the vertices next to those that a point touches; the table and the count with them."""
     for vertex in range(count):
         for step in steps:
             for sign in (-1, 1):
                 key = unique[vertex] + sign * step
                 slot = _find(key, table[0])
                 if table[0][slot] != key:
-                    table, unique, count = _add(key, slot, table, unique, count)
-    return table, unique, count
+                    table = _add(key, slot, table, unique, count)
+                    count += 1
+    return table, count
 
 
 @_compiled()
-def find_neighbors(start, stop, steps, table, unique, first_vertex, neighbors):
+def find_neighbors(start, stop, steps, slot_keys, slot_numbers, unique, first_vertex, neighbors):
     """(C+1, 2, M): the vertices at -1 and +1 step in each direction, -1 where there is none."""
     for vertex in range(start, stop):
         for direction in range(len(steps)):
             for side in range(2):
                 key = unique[vertex] + (2 * side - 1) * steps[direction]
-                slot = _find(key, table[0])
-                found = table[0][slot] == key
-                neighbors[direction, side, vertex] = table[1][slot] + first_vertex if found else -1
+                slot = _find(key, slot_keys)
+                found = slot_keys[slot] == key
+                neighbors[direction, side, vertex] = slot_numbers[slot] + first_vertex if found else -1
+
+
+@_compiled(parallel=True)
+def parallel_embed(bounds, *arguments):
+    for part in prange(len(bounds) - 1):
+        embed(bounds[part], bounds[part + 1], *arguments)
+
+
+@_compiled(parallel=True)
+def parallel_number_vertices(bounds, *arguments):
+    for part in prange(len(bounds) - 1):
+        number_vertices(bounds[part], bounds[part + 1], *arguments)
+
+
+@_compiled(parallel=True)
+def parallel_find_neighbors(bounds, *arguments):
+    for part in prange(len(bounds) - 1):
+        find_neighbors(bounds[part], bounds[part + 1], *arguments)

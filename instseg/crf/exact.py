@@ -58,6 +58,13 @@ class ExactKernels:
         """See `Kernels.update`."""
         return (-self.energy(q, energy, matrices)).softmax(1)
 
+    def infer(self, energy: Tensor, matrices: Tensor, num_iterations: int) -> Tensor:
+        """See `Kernels.infer`."""
+        q = (-energy).softmax(1)
+        for _ in range(num_iterations - 1):
+            q = self.update(q, energy, matrices)
+        return self.energy(q, energy, matrices)
+
 
 class _Filter(torch.autograd.Function):
     """A symmetric operator, so its own adjoint: no block of it is kept for the backward pass."""

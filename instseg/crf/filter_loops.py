@@ -59,10 +59,14 @@ def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., An
 
 @_compiled()
 def _slice_block(first, num_rows, first_row, corners, scales, table, energy, out, target):
-    """out[target + p] = energy[first + p] + sum over the corners of scale * weight * table[vertex]."""
+    """out[target + p] = energy[first + p] + sum over the corners of scale * weight * table[vertex].
+
+    A single row of `energy` stands for all.
+    """
     width = out.shape[1]
+    energy_step = width if len(energy) > 1 else 0
     for p in range(num_rows):
-        i, row, to = first + p, (first + p) * width, (target + p) * width
+        i, row, to = first + p, (first + p) * energy_step, (target + p) * width
         lane = 0
         while lane + 24 <= width:  # three vectors at a time, so that corners are read less often
             a, b, c = load(energy, row + lane), load(energy, row + lane + 8), load(energy, row + lane + 16)
@@ -275,6 +279,35 @@ def slice_softmax_scatter(
 
 
 @_compiled()
+def step_backward(
+    start, stop, num_labels, bands, first_rows, vertex_of_row, kernel_of_column, vertices, weights,
+    after, table, energy, before, grad_table, grad_energy, sums,
+):  # fmt: skip
+    """The adjoint of a whole step in one pass, float32: the marginals are computed again.
+
+    Adds the gradient of the energy, which it also splats, to `grad_energy`.
+    """
+    corners = Corners(bands, first_rows, vertex_of_row, kernel_of_column, vertices, weights)
+    factors = np.empty(_BLOCK, np.float32)
+    q = np.empty((_BLOCK, energy.shape[1]), np.float32)
+    grad = np.empty((_BLOCK, energy.shape[1]), np.float32)
+    nothing = np.zeros((1, energy.shape[1]), np.float32)
+    for band in range(start, stop):
+        row = corners.first_rows[band]
+        _clear(row, corners.first_rows[band + 1], sums)
+        for first in range(corners.bands[band], corners.bands[band + 1], _BLOCK):
+            num_rows = min(_BLOCK, corners.bands[band + 1] - first)
+            _slice_block(first, num_rows, row, corners, after, table, energy, q, 0)
+            _softmax_block(num_rows, num_labels, q, factors)
+            _slice_block(first, num_rows, row, corners, before, grad_table, nothing, grad, 0)
+            softmax_backward(0, num_rows, num_labels, q, grad, grad)
+            for lane in range(0, num_rows * q.shape[1], 8):
+                at = first * q.shape[1] + lane
+                store(grad_energy, at, add(load(grad_energy, at), load(grad, lane)))
+            _scatter_block(first, num_rows, row, corners, after, grad, 0, sums)
+
+
+@_compiled()
 def softmax(start, stop, num_labels, energy, out):
     """out = softmax(-energy), float32."""
     factors = np.empty(_BLOCK, np.float32)
@@ -344,6 +377,12 @@ def parallel_slice_softmax(bounds, *arguments):
 def parallel_slice_softmax_scatter(bounds, *arguments):
     for part in prange(len(bounds) - 1):
         slice_softmax_scatter(bounds[part], bounds[part + 1], *arguments)
+
+
+@_compiled(parallel=True)
+def parallel_step_backward(bounds, *arguments):
+    for part in prange(len(bounds) - 1):
+        step_backward(bounds[part], bounds[part + 1], *arguments)
 
 
 @_compiled(parallel=True)

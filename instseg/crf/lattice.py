@@ -72,7 +72,7 @@ class Lattice(ABC):
 
     @abstractmethod
     def slice(self, on_vertices: Tensor, energy: Tensor) -> Tensor:
-        """`energy` (N, L) plus, for each point, the sum of weight * after * value over its corners."""
+        """`energy` (N, L), or (1, L) for all, plus, for each point, the sum of weight * after * value over its corners."""
 
     @abstractmethod
     def slice_softmax(self, on_vertices: Tensor, energy: Tensor) -> Tensor:
@@ -90,11 +90,35 @@ class Lattice(ABC):
         return _Message.apply(q, energy, matrices, self, True)  # pyright: ignore[reportReturnType]
 
     def infer(self, energy: Tensor, matrices: Tensor, num_iterations: int) -> Tensor:
-        """The marginals (N, L) after `num_iterations` updates from softmax(-energy), without gradients or history."""
-        q = softmax(energy)
-        for _ in range(num_iterations):
-            q = self.update(q, energy, matrices)
-        return q
+        """The energies (N, L) after `num_iterations` steps from softmax(-energy), with the same `energy` in each.
+
+        Differentiable in both. For the backward pass each step keeps its blurred vertices and no pixels: the marginals
+        are computed again.
+        """
+        return _Inference.apply(energy, matrices, self, num_iterations, torch.is_grad_enabled())  # pyright: ignore
+
+    def step(self, on_vertices: Tensor, energy: Tensor) -> Tensor:
+        """splat(slice_softmax(...)); may overwrite its first argument."""
+        return self.splat(self.slice_softmax(on_vertices, energy))
+
+    def step_backward(
+        self, on_vertices: Tensor, grad_on_vertices: Tensor, energy: Tensor, grad_energy: Tensor
+    ) -> Tensor:
+        """The adjoint of `step` with the gradient that `adjoint().slice` reads; adds to `grad_energy`, in place.
+
+        Returns:
+            What the adjoint splats.
+        """
+        adjoint = self.adjoint()
+        grad_q = adjoint.slice(grad_on_vertices, zeros(energy))
+        grad = softmax_backward(self.slice_softmax(on_vertices, energy), grad_q)
+        grad_energy += grad
+        return adjoint.splat(grad)
+
+    def inner(self, on_vertices: Tensor, other: Tensor) -> Tensor:
+        """(number of kernels, L, L) products on_vertices^T other over each kernel's vertices."""
+        runs = [slice(blur.start, blur.stop) for blur in self.blurs]
+        return torch.stack([on_vertices[run].T @ other[run] for run in runs])
 
     def adjoint(self) -> Self:
         """The operators' transposes: splat and slice change places, and each blur, symmetric in itself, its order."""
@@ -119,17 +143,51 @@ class _Message(torch.autograd.Function):
         adjoint = ctx.lattice.adjoint()
         (grad,) = grad_outputs
         if q is not None:
-            grad = _backend(q.device).softmax_backward(q, grad)
+            grad = softmax_backward(q, grad)
         splatted = adjoint.splat(grad)
-        grad_matrices = None
-        if ctx.needs_input_grad[2]:
-            runs = [slice(blur.start, blur.stop) for blur in adjoint.blurs]
-            grad_matrices = torch.stack([blurred[run].T @ splatted[run] for run in runs])
+        grad_matrices = adjoint.inner(blurred, splatted) if ctx.needs_input_grad[2] else None
         grad_q = None
         if ctx.needs_input_grad[0]:
             on_vertices = adjoint.mix(adjoint.blur(splatted), matrices.mT)
-            grad_q = adjoint.slice(on_vertices, zeros(len(grad), on_vertices))
+            grad_q = adjoint.slice(on_vertices, zeros(on_vertices))
         return grad_q, grad, grad_matrices, None, None
+
+
+class _Inference(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, energy: Tensor, matrices: Tensor, lattice: Lattice, num_iterations: int, keep: bool
+    ) -> Tensor:
+        if num_iterations == 0:
+            raise ValueError("num_iterations: expected at least 1, got 0")
+        history = []
+        on_vertices = lattice.splat(_backend(energy.device).softmax(energy))
+        for iteration in range(num_iterations):
+            on_vertices = lattice.blur(on_vertices)
+            mixed = lattice.mix(on_vertices, matrices)
+            if keep:
+                history.append(on_vertices)
+            if iteration < num_iterations - 1:
+                on_vertices = lattice.step(mixed, energy)
+        ctx.lattice = lattice
+        ctx.save_for_backward(energy, matrices, *history)
+        return lattice.slice(mixed, energy)  # pyright: ignore[reportPossiblyUnbound]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        energy, matrices, *history = ctx.saved_tensors
+        lattice, adjoint = ctx.lattice, ctx.lattice.adjoint()
+        grad_energy = _backend(energy.device).copy_rows(grad_outputs[0])
+        grad_matrices = torch.zeros_like(matrices)
+        splatted = adjoint.splat(grad_energy)
+        while history:
+            blurred = history.pop()
+            grad_matrices += adjoint.inner(blurred, splatted)
+            grad_on_vertices = adjoint.mix(adjoint.blur(splatted), matrices.mT)
+            before = lattice.mix(history[-1], matrices) if history else torch.zeros_like(blurred)
+            splatted = lattice.step_backward(before, grad_on_vertices, energy, grad_energy)
+        return grad_energy, grad_matrices, None, None, None
 
 
 class _Softmax(torch.autograd.Function):
@@ -142,8 +200,7 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        (q,) = ctx.saved_tensors
-        return _backend(q.device).softmax_backward(q, grad_outputs[0])
+        return softmax_backward(*ctx.saved_tensors, *grad_outputs)
 
 
 def softmax(energy: Tensor) -> Tensor:
@@ -151,14 +208,19 @@ def softmax(energy: Tensor) -> Tensor:
     return _Softmax.apply(energy)  # pyright: ignore[reportReturnType]
 
 
+def softmax_backward(q: Tensor, grad: Tensor) -> Tensor:
+    """The gradient with respect to the energy, from that of q = softmax(-energy), both (N, L)."""
+    return _backend(q.device).softmax_backward(q, grad)
+
+
 def pixel_major(values: Tensor) -> Tensor:
     """(N, L) from (L, ...), laid out as the backend reads it fastest; differentiable."""
     return _backend(values.device).copy_rows(values.flatten(1).T)
 
 
-def zeros(num_rows: int, like: Tensor) -> Tensor:
-    """(num_rows, L) zeros for `like` (..., L)."""
-    return like.new_zeros(1, 1).expand(num_rows, like.shape[1])
+def zeros(like: Tensor) -> Tensor:
+    """(1, L) energies of 0, which stand for any number of rows."""
+    return like.new_zeros(1, like.shape[1])
 
 
 def build_lattice(
@@ -205,7 +267,7 @@ def _normalize(lattice: Lattice, normalization: Normalization, num_features: Seq
     apart = blurred.new_zeros(len(blurred), len(num_features))  # a column for each kernel: slicing keeps them apart
     for kernel, blur in enumerate(lattice.blurs):
         apart[blur.start : blur.stop, kernel] = blurred[blur.start : blur.stop, 0]
-    norm = lattice.slice(apart, zeros(len(lattice.before), apart)).contiguous()
+    norm = lattice.slice(apart, zeros(apart)).contiguous()
     if normalization == "symmetric":
         return replace(lattice, before=norm.rsqrt(), after=norm.rsqrt())
     return replace(lattice, after=norm.reciprocal())

@@ -6,11 +6,8 @@ numba's cache.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from threading import Lock
 from typing import Any
 
@@ -26,7 +23,7 @@ from instseg.crf.filter_loops import Corners
 from instseg.crf.lattice import Blur, Lattice, deviations, key_layout, slices
 from instseg.crf.simd import LANES
 
-_BAND = 1 << 14  # pixels of a band at most
+_BAND = 1 << 15  # pixels of a band at most: fewer share less with their neighbours, more leave threads idle
 _SMALL = 1 << 14  # elements below which another thread costs more than it saves
 _CACHE_LINE = 64  # bytes
 _LOCK = Lock()
@@ -47,7 +44,7 @@ class NumbaLattice(Lattice):
     rows: np.ndarray
 
     def splat(self, values: Tensor) -> Tensor:  # noqa: D102 (the base class says it)
-        sums = _rows(empty_rows(len(self.rows), values.shape[1], values))
+        sums = self._sums(values.shape[1])
         arrays = *self.corners, self.before.numpy(), _rows(values), sums
         _run(loops.scatter, loops.parallel_scatter, self._bands(), *arrays)
         return self._combine(sums, values)
@@ -75,7 +72,7 @@ class NumbaLattice(Lattice):
         return mixed
 
     def slice(self, on_vertices: Tensor, energy: Tensor) -> Tensor:  # noqa: D102
-        out = empty_rows(*energy.shape, energy)
+        out = empty_rows(len(self.before), energy.shape[1], energy)
         arrays = *self.corners, self.after.numpy(), *map(_rows, (on_vertices, energy, out))
         _run(loops.slice_rows, loops.parallel_slice_rows, self._bands(), *arrays)
         return out
@@ -88,19 +85,31 @@ class NumbaLattice(Lattice):
         _run(loops.slice_softmax, loops.parallel_slice_softmax, self._bands(), energy.shape[1], *arrays)
         return out
 
-    def infer(self, energy: Tensor, matrices: Tensor, num_iterations: int) -> Tensor:
-        """As the base class says, in one pass over the pixels for each iteration."""
-        if energy.dtype != torch.float32 or num_iterations == 0:
-            return super().infer(energy, matrices, num_iterations)
-        on_vertices = self.splat(softmax(energy))
-        before, after, rows = self.before.numpy(), self.after.numpy(), _rows(energy)
-        sums = _rows(empty_rows(len(self.rows), energy.shape[1], energy))
-        for _ in range(num_iterations - 1):
-            table = _rows(self.mix(self.blur(on_vertices), matrices))
-            arrays = energy.shape[1], *self.corners, after, table, rows, before, sums
-            _run(loops.slice_softmax_scatter, loops.parallel_slice_softmax_scatter, self._bands(), *arrays)
-            on_vertices = self._combine(sums, energy)
-        return self.slice_softmax(self.mix(self.blur(on_vertices), matrices), energy)
+    def step(self, on_vertices: Tensor, energy: Tensor) -> Tensor:
+        """As the base class says, in one pass over the pixels."""
+        if energy.dtype != torch.float32:
+            return super().step(on_vertices, energy)
+        sums = self._sums(energy.shape[1])
+        arrays = *self.corners, self.after.numpy(), *map(_rows, (on_vertices, energy)), self.before.numpy(), sums
+        bounds = self._bands()
+        _run(loops.slice_softmax_scatter, loops.parallel_slice_softmax_scatter, bounds, energy.shape[1], *arrays)
+        return self._combine(sums, energy)
+
+    def step_backward(
+        self, on_vertices: Tensor, grad_on_vertices: Tensor, energy: Tensor, grad_energy: Tensor
+    ) -> Tensor:
+        """As the base class says, in one pass over the pixels."""
+        if energy.dtype != torch.float32:
+            return super().step_backward(on_vertices, grad_on_vertices, energy, grad_energy)
+        sums = self._sums(energy.shape[1])
+        forward = self.after.numpy(), *map(_rows, (on_vertices, energy))
+        backward = self.before.numpy(), *map(_rows, (grad_on_vertices, grad_energy)), sums
+        arrays = energy.shape[1], *self.corners, *forward, *backward
+        _run(loops.step_backward, loops.parallel_step_backward, self._bands(), *arrays)
+        return self._combine(sums, energy)
+
+    def _sums(self, num_labels: int) -> np.ndarray:
+        return _rows(empty_rows(len(self.rows), num_labels, self.before))
 
     def _combine(self, sums: np.ndarray, like: Tensor) -> Tensor:
         on_vertices = empty_rows(len(self.row_offsets), like.shape[1], like)
@@ -111,8 +120,7 @@ class NumbaLattice(Lattice):
         return on_vertices
 
     def _bands(self) -> np.ndarray:
-        num_bands = len(self.corners.bands) - 1
-        return np.linspace(0, num_bands, min(num_bands, torch.get_num_threads()) + 1).round().astype(np.int64)
+        return _band_parts(len(self.corners.bands) - 1)
 
 
 def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> NumbaLattice:
@@ -132,11 +140,13 @@ def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> Num
             parts = range(*np.searchsorted(bands, (image.start, image.stop)))
             keys, steps = _embed(kernel[image], weights.numpy()[image, columns])
             views = keys, bands[parts.start : parts.stop + 1] - image.start, vertices[image, columns]
-            table, unique, count, numbers = _number_vertices(*views, num_rows[parts.start : parts.stop])
-            for band, of_band in zip(parts, numbers, strict=True):
-                vertex_of_row[band].append(of_band + np.int32(stop))
+            of_bands, counts = _number_vertices(*views, num_rows[parts.start : parts.stop])
+            capacity = len(of_bands) * (1 + 2 * len(steps) * ring)
+            table, unique, count, numbers = build_loops.merge_vertices(of_bands, capacity)
+            for band, run in zip(parts, slices(counts.tolist()), strict=True):
+                vertex_of_row[band].append(numbers[run] + np.int32(stop))
             if ring:
-                table, unique, count = build_loops.add_ring(steps, table, unique, count)
+                table, count = build_loops.add_ring(steps, table, unique, count)
             neighbors.append(_find_neighbors(steps, table, unique, count, stop))
             stop += count
         blurs.append(Blur(start, stop, torch.cat(neighbors, 2) if len(neighbors) > 1 else neighbors[0]))
@@ -202,47 +212,47 @@ def _embed(features: Tensor, weights: np.ndarray) -> tuple[np.ndarray, np.ndarra
     scales = torch.tensor(deviations(num_features, features.dtype), dtype=features.dtype)
     keys = empty((num_points, num_features + 1), strides).numpy()
     arrays = (tensor.numpy() for tensor in (features.contiguous(), scales, low, strides))
-    _in_threads(build_loops.embed, _even_bounds(*keys.shape), *arrays, weights, keys)
+    _run(build_loops.embed, build_loops.parallel_embed, _even_bounds(*keys.shape), *arrays, weights, keys)
     steps = strides.sum() - (num_features + 1) * torch.cat([strides, strides.new_zeros(1)])
     return keys, steps.numpy()
 
 
-def _number_vertices(keys: np.ndarray, bands: np.ndarray, vertices: np.ndarray, first_rows: np.ndarray) -> Any:
-    """Number each band's keys by themselves, after its `first_rows`, which move on; then the distinct keys of all bands.
+def _number_vertices(keys: np.ndarray, bands: np.ndarray, vertices: np.ndarray, num_rows: np.ndarray) -> Any:
+    """Number each band's keys by themselves, after the `num_rows` (B,) that it has, which move on; then all bands'.
 
     Returns:
-        Hash table, distinct keys and their count; and for each band the number of each of its keys among them.
+        The distinct keys of all bands, one band after the other, and how many each band has.
     """
-    parts: list[Any] = [None] * (len(bands) - 1)
-
-    def number(start: int, stop: int) -> None:
-        for band in range(start, stop):
-            parts[band] = build_loops.number_vertices(*bands[band : band + 2], first_rows[band], keys, vertices)
-
-    _in_threads(number, np.linspace(0, len(parts), min(len(parts), torch.get_num_threads()) + 1).round().astype(int))
-    table, unique, count = parts[0][0], parts[0][1], parts[0][2]
-    numbers = [np.arange(count, dtype=np.int32)]
-    for _, keys_of_band, count_of_band in parts[1:]:
-        table, unique, count, of_band = build_loops.merge_vertices(keys_of_band[:count_of_band], table, unique, count)
-        numbers.append(of_band)
-    first_rows += [len(of_band) for of_band in numbers]
-    return table, unique, count, numbers
+    num_bands = len(num_rows)
+    unique = np.empty((num_bands, int(np.diff(bands).max()) * keys.shape[1]), np.int64)  # room, mostly never touched
+    counts = np.empty(num_bands, np.int64)
+    arrays = bands, num_rows.copy(), keys, vertices, unique, counts
+    _run(build_loops.number_vertices, build_loops.parallel_number_vertices, _band_parts(num_bands), *arrays)
+    num_rows += counts
+    return np.concatenate([of_band[:count] for of_band, count in zip(unique, counts, strict=True)]), counts
 
 
-def _find_neighbors(steps: np.ndarray, table: np.ndarray, unique: np.ndarray, count: int, first_vertex: int) -> Tensor:
+def _find_neighbors(steps: np.ndarray, table: Any, unique: np.ndarray, count: int, first_vertex: int) -> Tensor:
     neighbors = empty((len(steps), 2, count), torch.empty(0, dtype=torch.int32))
+    arrays = steps, *table, unique, first_vertex, neighbors.numpy()
     bounds = _even_bounds(count, 2 * len(steps))
-    _in_threads(build_loops.find_neighbors, bounds, steps, table, unique, first_vertex, neighbors.numpy())
+    _run(build_loops.find_neighbors, build_loops.parallel_find_neighbors, bounds, *arrays)
     return neighbors
 
 
 def _band_bounds(lengths: Sequence[int]) -> np.ndarray:
     """Where bands of pixels start and stop: equal parts of each image, however many threads there are."""
-    bounds = [
-        image.start + np.linspace(0, image.stop - image.start, -(-(image.stop - image.start) // _BAND) + 1)[:-1].round()
-        for image in slices(lengths)
-    ]
+    bounds = []
+    for image in slices(lengths):
+        length = image.stop - image.start
+        num_bands = min(length, -(-length // (4 * _BAND)) * 4)  # for 2 and 4 threads equally many
+        bounds.append(image.start + np.linspace(0, length, num_bands + 1)[:-1].round())
     return np.concatenate([*bounds, [sum(lengths)]]).astype(np.int64)
+
+
+def _band_parts(num_bands: int) -> np.ndarray:
+    """Bands in equal parts, one for each thread of torch."""
+    return np.linspace(0, num_bands, min(num_bands, torch.get_num_threads()) + 1).round().astype(np.int64)
 
 
 def _even_bounds(num_rows: int, row_length: int) -> np.ndarray:
@@ -259,21 +269,6 @@ def _run(serial: Callable[..., None], parallel: Callable[..., None], bounds: np.
     with _LOCK:  # not every threading layer of numba allows two calls at once
         set_num_threads(min(len(bounds) - 1, numba_config.NUMBA_NUM_THREADS))
         parallel(bounds, *arguments)
-
-
-def _in_threads(function: Callable[..., None], bounds: np.ndarray, *arguments: Any) -> None:
-    """Call function(start, stop, *arguments) between consecutive `bounds`, each in a thread: loops release the GIL."""
-    pairs = list(zip(bounds[:-1], bounds[1:], strict=True))
-    others = [_pool(len(pairs) - 1, os.getpid()).submit(function, *pair, *arguments) for pair in pairs[1:]]
-    function(*pairs[0], *arguments)
-    for other in others:
-        other.result()
-
-
-@cache
-def _pool(num_threads: int, process: int) -> ThreadPoolExecutor:  # a forked process has none of its parent's threads
-    del process
-    return ThreadPoolExecutor(num_threads, "instseg-crf")
 
 
 def _stride(num_labels: int) -> int:

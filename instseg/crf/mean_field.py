@@ -67,6 +67,8 @@ def mean_field(
     validity = None if detections is None else detections.initial_validity
     if num_iterations == 0:
         return MeanFieldState(unary, validity)
+    if detections is None:
+        return MeanFieldState(pairwise.kernels.infer(unary, pairwise.matrices, num_iterations), None)
     q = softmax(unary)
     for _ in range(num_iterations - 1):
         energy, next_validity = _without_pairwise(q, validity, unary, detections)

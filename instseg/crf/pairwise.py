@@ -27,6 +27,10 @@ class Kernels(Protocol):
         """softmax(-energy(...)) (N, L)."""
         ...
 
+    def infer(self, energy: Tensor, matrices: Tensor, num_iterations: int) -> Tensor:
+        """The energies (N, L) after `num_iterations` >= 1 steps from softmax(-energy), with the same `energy` in each."""
+        ...
+
 
 def build_kernels(image: Tensor | Sequence[Tensor], config: KernelConfig) -> Kernels:
     """The spatial and the bilateral kernel of one image, or of a batch of images of any sizes.

@@ -115,6 +115,7 @@ def test_gradcheck(backend, normalization):
     inputs = [tensor.requires_grad_() for tensor in inputs]
     assert torch.autograd.gradcheck(lattice.energy, inputs)
     assert torch.autograd.gradcheck(lattice.update, inputs)
+    assert torch.autograd.gradcheck(lambda energy, matrices: lattice.infer(energy, matrices, 3), inputs[1:])
     assert torch.autograd.gradcheck(lattice_module.softmax, inputs[1:2])
 
 
@@ -129,6 +130,27 @@ def test_float32_gradients_are_those_of_float64(backend):
 
     for single, double in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
         torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inference_is_its_steps_one_by_one(backend, dtype):
+    """And so are its gradients: the whole inference recomputes what the steps keep."""
+    lattice = build_lattice([f.to(dtype) for f in both()], "symmetric")
+    inputs = [3 * random_values(720, 9).to(dtype), random_values(2, 9, 9, seed=2).to(dtype)]
+    results = []
+    for whole in (True, False):
+        energy, matrices = (tensor.clone().requires_grad_() for tensor in inputs)
+        if whole:
+            result = lattice.infer(energy, matrices, 3)
+        else:
+            q = lattice_module.softmax(energy)
+            for _ in range(2):
+                q = lattice.update(q, energy, matrices)
+            result = lattice.energy(q, energy, matrices)
+        (lattice_module.softmax(result) * random_values(720, 9, seed=3).to(dtype)).sum().backward()
+        results.append([result.detach(), energy.grad, matrices.grad])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11 if dtype == torch.float64 else 3e-4)
 
 
 def test_spatial_filter_approximates_the_gaussian(backend):
