@@ -74,7 +74,7 @@ class DenseCRF(nn.Module):
         dtype = self.spatial_weight.dtype
         kernels = build_kernels(image.to(dtype), self.kernel_config)
         flat = pixel_major(unary.to(dtype))
-        q = mean_field(flat, self.pairwise(kernels), None, self.num_iterations).q
+        q = self.pairwise(kernels).marginals(flat, self.num_iterations)
         return q.T.reshape(unary.shape)
 
 

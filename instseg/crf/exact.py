@@ -58,12 +58,12 @@ class ExactKernels:
         """See `Kernels.update`."""
         return (-self.energy(q, energy, matrices)).softmax(1)
 
-    def infer(self, energy: Tensor, matrices: Tensor, num_iterations: int) -> Tensor:
+    def infer(self, energy: Tensor, matrices: Tensor, num_iterations: int, normalize: bool) -> Tensor:
         """See `Kernels.infer`."""
         q = (-energy).softmax(1)
         for _ in range(num_iterations - 1):
             q = self.update(q, energy, matrices)
-        return self.energy(q, energy, matrices)
+        return self.update(q, energy, matrices) if normalize else self.energy(q, energy, matrices)
 
 
 class _Filter(torch.autograd.Function):

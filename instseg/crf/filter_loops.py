@@ -61,10 +61,11 @@ def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., An
 def _slice_block(first, num_rows, first_row, corners, scales, table, energy, out, target):
     """out[target + p] = energy[first + p] + sum over the corners of scale * weight * table[vertex].
 
-    A single row of `energy` stands for all.
+    A single row of `energy` or of `table` stands for all.
     """
     width = out.shape[1]
     energy_step = width if len(energy) > 1 else 0
+    table_step = width if len(table) > 1 else 0
     for p in range(num_rows):
         i, row, to = first + p, (first + p) * energy_step, (target + p) * width
         lane = 0
@@ -72,7 +73,7 @@ def _slice_block(first, num_rows, first_row, corners, scales, table, energy, out
             a, b, c = load(energy, row + lane), load(energy, row + lane + 8), load(energy, row + lane + 16)
             for k in range(corners.vertices.shape[1]):
                 w = corners.weights[i, k] * scales[i, corners.kernel_of_column[k]]
-                at = corners.vertex_of_row[first_row + corners.vertices[i, k]] * width + lane
+                at = corners.vertex_of_row[first_row + corners.vertices[i, k]] * table_step + lane
                 a = multiply_add(a, w, load(table, at))
                 b = multiply_add(b, w, load(table, at + 8))
                 c = multiply_add(c, w, load(table, at + 16))
@@ -84,7 +85,7 @@ def _slice_block(first, num_rows, first_row, corners, scales, table, energy, out
             a = load(energy, row + lane)
             for k in range(corners.vertices.shape[1]):
                 w = corners.weights[i, k] * scales[i, corners.kernel_of_column[k]]
-                at = corners.vertex_of_row[first_row + corners.vertices[i, k]] * width + lane
+                at = corners.vertex_of_row[first_row + corners.vertices[i, k]] * table_step + lane
                 a = multiply_add(a, w, load(table, at))
             store(out, to + lane, a)
             lane += 8

@@ -67,7 +67,7 @@ class Lattice(ABC):
 
     @abstractmethod
     def mix(self, on_vertices: Tensor, matrices: Tensor) -> Tensor:
-        """Each kernel's vertices times its matrix. Filtering acts on pixels and matrices on labels, so compatibility
+        """Each kernel's vertices times its matrix, valid until the next call. Filtering acts on pixels and matrices on labels, so compatibility
         can be applied here, where rows are fewer than pixels."""
 
     @abstractmethod
@@ -76,7 +76,7 @@ class Lattice(ABC):
 
     @abstractmethod
     def slice_softmax(self, on_vertices: Tensor, energy: Tensor) -> Tensor:
-        """softmax(-slice(...)) over the labels."""
+        """softmax(-slice(...)) over the labels. Here and in `step`, (1, L) on the vertices stands for all of them."""
 
     def energy(self, q: Tensor, energy: Tensor, matrices: Tensor) -> Tensor:
         """`energy` (N, L) plus the message sum_m K_m q A_m, with `matrices` A (number of kernels, L, L).
@@ -89,16 +89,18 @@ class Lattice(ABC):
         """softmax(-energy(...)) (N, L): the marginals after one mean-field step."""
         return _Message.apply(q, energy, matrices, self, True)  # pyright: ignore[reportReturnType]
 
-    def infer(self, energy: Tensor, matrices: Tensor, num_iterations: int) -> Tensor:
-        """The energies (N, L) after `num_iterations` steps from softmax(-energy), with the same `energy` in each.
+    def infer(self, energy: Tensor, matrices: Tensor, num_iterations: int, normalize: bool) -> Tensor:
+        """The energies (N, L) after `num_iterations` >= 1 steps from softmax(-energy), with the same `energy` in each.
 
-        Differentiable in both. For the backward pass each step keeps its blurred vertices and no pixels: the marginals
-        are computed again.
+        With `normalize` their softmax(-...). Differentiable in both. For the backward pass each step keeps its blurred
+        vertices and no pixels: the marginals are computed again.
         """
-        return _Inference.apply(energy, matrices, self, num_iterations, torch.is_grad_enabled())  # pyright: ignore
+        keep = torch.is_grad_enabled()
+        return _Inference.apply(energy, matrices, self, num_iterations, normalize, keep)  # pyright: ignore
 
-    def step(self, on_vertices: Tensor, energy: Tensor) -> Tensor:
-        """splat(slice_softmax(...)); may overwrite its first argument."""
+    def step(self, on_vertices: Tensor, energy: Tensor, out: Tensor | None = None) -> Tensor:
+        """splat(slice_softmax(...)), in `out` or in new memory."""
+        del out  # for backends that gain by it
         return self.splat(self.slice_softmax(on_vertices, energy))
 
     def step_backward(
@@ -107,7 +109,7 @@ class Lattice(ABC):
         """The adjoint of `step` with the gradient that `adjoint().slice` reads; adds to `grad_energy`, in place.
 
         Returns:
-            What the adjoint splats.
+            What the adjoint splats, valid until the next call.
         """
         adjoint = self.adjoint()
         grad_q = adjoint.slice(grad_on_vertices, zeros(energy))
@@ -156,38 +158,38 @@ class _Message(torch.autograd.Function):
 class _Inference(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, energy: Tensor, matrices: Tensor, lattice: Lattice, num_iterations: int, keep: bool
+        ctx: Any, energy: Tensor, matrices: Tensor, lattice: Lattice, num_iterations: int, normalize: bool, keep: bool
     ) -> Tensor:
-        if num_iterations == 0:
-            raise ValueError("num_iterations: expected at least 1, got 0")
         history = []
-        on_vertices = lattice.splat(_backend(energy.device).softmax(energy))
+        on_vertices = lattice.step(mixed := zeros(energy), energy)
         for iteration in range(num_iterations):
             on_vertices = lattice.blur(on_vertices)
             mixed = lattice.mix(on_vertices, matrices)
             if keep:
                 history.append(on_vertices)
             if iteration < num_iterations - 1:
-                on_vertices = lattice.step(mixed, energy)
+                on_vertices = lattice.step(mixed, energy, out=None if keep else on_vertices)
+        result = lattice.slice_softmax(mixed, energy) if normalize else lattice.slice(mixed, energy)
         ctx.lattice = lattice
-        ctx.save_for_backward(energy, matrices, *history)
-        return lattice.slice(mixed, energy)  # pyright: ignore[reportPossiblyUnbound]
+        ctx.save_for_backward(energy, matrices, result if normalize else None, *history)
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        energy, matrices, *history = ctx.saved_tensors
+        energy, matrices, q, *history = ctx.saved_tensors
         lattice, adjoint = ctx.lattice, ctx.lattice.adjoint()
-        grad_energy = _backend(energy.device).copy_rows(grad_outputs[0])
+        (grad,) = grad_outputs
+        grad_energy = _backend(energy.device).copy_rows(grad) if q is None else softmax_backward(q, grad)
         grad_matrices = torch.zeros_like(matrices)
         splatted = adjoint.splat(grad_energy)
         while history:
             blurred = history.pop()
             grad_matrices += adjoint.inner(blurred, splatted)
             grad_on_vertices = adjoint.mix(adjoint.blur(splatted), matrices.mT)
-            before = lattice.mix(history[-1], matrices) if history else torch.zeros_like(blurred)
+            before = lattice.mix(history[-1], matrices) if history else zeros(energy)
             splatted = lattice.step_backward(before, grad_on_vertices, energy, grad_energy)
-        return grad_energy, grad_matrices, None, None, None
+        return grad_energy, grad_matrices, None, None, None, None
 
 
 class _Softmax(torch.autograd.Function):

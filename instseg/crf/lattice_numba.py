@@ -7,8 +7,8 @@ numba's cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from threading import Lock
+from dataclasses import dataclass, field
+from threading import Lock, local
 from typing import Any
 
 import numpy as np
@@ -42,15 +42,16 @@ class NumbaLattice(Lattice):
     corners: Corners
     row_offsets: np.ndarray
     rows: np.ndarray
+    _memory: local = field(init=False, default_factory=local, compare=False, repr=False)
 
     def splat(self, values: Tensor) -> Tensor:  # noqa: D102 (the base class says it)
-        sums = self._sums(values.shape[1])
+        sums = _rows(self._scratch("sums", len(self.rows), values.shape[1], values))
         arrays = *self.corners, self.before.numpy(), _rows(values), sums
         _run(loops.scatter, loops.parallel_scatter, self._bands(), *arrays)
-        return self._combine(sums, values)
+        return self._combine(sums, empty_rows(len(self.row_offsets), values.shape[1], values))
 
     def blur(self, on_vertices: Tensor) -> Tensor:  # noqa: D102
-        first, second = _rows(on_vertices), _rows(empty_rows(*on_vertices.shape, on_vertices))
+        first, second = _rows(on_vertices), _rows(self._scratch("blur", *on_vertices.shape, on_vertices))
         second[-1] = 0
         for start, stop, neighbors in self.blurs:
             source, target = first, second
@@ -64,7 +65,7 @@ class NumbaLattice(Lattice):
 
     def mix(self, on_vertices: Tensor, matrices: Tensor) -> Tensor:  # noqa: D102
         # Not torch's product: its threads spin for milliseconds after it, where ours should run.
-        mixed = empty_rows(*on_vertices.shape, on_vertices)
+        mixed = self._scratch("mix", *on_vertices.shape, on_vertices)
         _rows(mixed)[-1] = 0
         for (start, stop, _), matrix in zip(self.blurs, matrices, strict=True):
             bounds = start + _even_bounds(stop - start, on_vertices.shape[1])
@@ -85,15 +86,15 @@ class NumbaLattice(Lattice):
         _run(loops.slice_softmax, loops.parallel_slice_softmax, self._bands(), energy.shape[1], *arrays)
         return out
 
-    def step(self, on_vertices: Tensor, energy: Tensor) -> Tensor:
+    def step(self, on_vertices: Tensor, energy: Tensor, out: Tensor | None = None) -> Tensor:
         """As the base class says, in one pass over the pixels."""
         if energy.dtype != torch.float32:
             return super().step(on_vertices, energy)
-        sums = self._sums(energy.shape[1])
+        sums = _rows(self._scratch("sums", len(self.rows), energy.shape[1], energy))
         arrays = *self.corners, self.after.numpy(), *map(_rows, (on_vertices, energy)), self.before.numpy(), sums
         bounds = self._bands()
         _run(loops.slice_softmax_scatter, loops.parallel_slice_softmax_scatter, bounds, energy.shape[1], *arrays)
-        return self._combine(sums, energy)
+        return self._combine(sums, empty_rows(len(self.row_offsets), energy.shape[1], energy) if out is None else out)
 
     def step_backward(
         self, on_vertices: Tensor, grad_on_vertices: Tensor, energy: Tensor, grad_energy: Tensor
@@ -101,23 +102,27 @@ class NumbaLattice(Lattice):
         """As the base class says, in one pass over the pixels."""
         if energy.dtype != torch.float32:
             return super().step_backward(on_vertices, grad_on_vertices, energy, grad_energy)
-        sums = self._sums(energy.shape[1])
+        sums = _rows(self._scratch("sums", len(self.rows), energy.shape[1], energy))
         forward = self.after.numpy(), *map(_rows, (on_vertices, energy))
         backward = self.before.numpy(), *map(_rows, (grad_on_vertices, grad_energy)), sums
         arrays = energy.shape[1], *self.corners, *forward, *backward
         _run(loops.step_backward, loops.parallel_step_backward, self._bands(), *arrays)
-        return self._combine(sums, energy)
+        return self._combine(sums, self._scratch("splat", *grad_on_vertices.shape, energy))
 
-    def _sums(self, num_labels: int) -> np.ndarray:
-        return _rows(empty_rows(len(self.rows), num_labels, self.before))
-
-    def _combine(self, sums: np.ndarray, like: Tensor) -> Tensor:
-        on_vertices = empty_rows(len(self.row_offsets), like.shape[1], like)
+    def _combine(self, sums: np.ndarray, on_vertices: Tensor) -> Tensor:
         out = _rows(on_vertices)
         out[-1] = 0
         bounds = _even_bounds(len(out) - 1, out.shape[1])
         _run(loops.combine, loops.parallel_combine, bounds, self.row_offsets, self.rows, sums, out)
         return on_vertices
+
+    def _scratch(self, name: str, num_rows: int, num_labels: int, like: Tensor) -> Tensor:
+        """`empty_rows` that the next call with this name overwrites, each thread's its own: large memory is slow to get."""
+        memory = self._memory.__dict__
+        key = name, num_rows, num_labels, like.dtype
+        if memory.get(name, (None,))[0] != key:
+            memory[name] = key, empty_rows(num_rows, num_labels, like)
+        return memory[name][1]
 
     def _bands(self) -> np.ndarray:
         return _band_parts(len(self.corners.bands) - 1)

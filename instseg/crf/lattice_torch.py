@@ -52,6 +52,7 @@ class TorchLattice(Lattice):
 
     def slice(self, on_vertices: Tensor, energy: Tensor) -> Tensor:  # noqa: D102
         weights = self.weights * self.after[:, self.kernel_of_column]
+        on_vertices = on_vertices.expand(len(self.offsets) + 1, -1).contiguous()
         return energy + embedding_bag(self.vertices, on_vertices, mode="sum", per_sample_weights=weights)
 
     def slice_softmax(self, on_vertices: Tensor, energy: Tensor) -> Tensor:  # noqa: D102

@@ -50,6 +50,14 @@ class PairwiseTerm(NamedTuple):
         """message_i(l) = sum_l' mu(l, l') sum_m w_m(l') sum_j k_m(i, j) Q_j(l'), (N, L), an energy in nats."""
         return self.kernels.energy(q, torch.zeros_like(q), self.matrices)
 
+    def marginals(self, unary: Tensor, num_iterations: int) -> Tensor:
+        """`mean_field(...).q` (N, L) without detections, in less memory."""
+        return (
+            self.kernels.infer(unary, self.matrices, num_iterations, normalize=True)
+            if num_iterations
+            else softmax(unary)
+        )
+
 
 def mean_field(
     unary: Tensor, pairwise: PairwiseTerm, detections: DetectionPotential | None, num_iterations: int
@@ -68,7 +76,7 @@ def mean_field(
     if num_iterations == 0:
         return MeanFieldState(unary, validity)
     if detections is None:
-        return MeanFieldState(pairwise.kernels.infer(unary, pairwise.matrices, num_iterations), None)
+        return MeanFieldState(pairwise.kernels.infer(unary, pairwise.matrices, num_iterations, normalize=False), None)
     q = softmax(unary)
     for _ in range(num_iterations - 1):
         energy, next_validity = _without_pairwise(q, validity, unary, detections)

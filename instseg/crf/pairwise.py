@@ -27,8 +27,11 @@ class Kernels(Protocol):
         """softmax(-energy(...)) (N, L)."""
         ...
 
-    def infer(self, energy: Tensor, matrices: Tensor, num_iterations: int) -> Tensor:
-        """The energies (N, L) after `num_iterations` >= 1 steps from softmax(-energy), with the same `energy` in each."""
+    def infer(self, energy: Tensor, matrices: Tensor, num_iterations: int, normalize: bool) -> Tensor:
+        """The energies (N, L) after `num_iterations` >= 1 steps from softmax(-energy), with the same `energy` in each.
+
+        With `normalize` their softmax(-...).
+        """
         ...
 
 

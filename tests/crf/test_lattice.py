@@ -115,7 +115,8 @@ def test_gradcheck(backend, normalization):
     inputs = [tensor.requires_grad_() for tensor in inputs]
     assert torch.autograd.gradcheck(lattice.energy, inputs)
     assert torch.autograd.gradcheck(lattice.update, inputs)
-    assert torch.autograd.gradcheck(lambda energy, matrices: lattice.infer(energy, matrices, 3), inputs[1:])
+    assert torch.autograd.gradcheck(lambda energy, matrices: lattice.infer(energy, matrices, 3, False), inputs[1:])
+    assert torch.autograd.gradcheck(lambda energy, matrices: lattice.infer(energy, matrices, 2, True), inputs[1:])
     assert torch.autograd.gradcheck(lattice_module.softmax, inputs[1:2])
 
 
@@ -141,13 +142,13 @@ def test_inference_is_its_steps_one_by_one(backend, dtype):
     for whole in (True, False):
         energy, matrices = (tensor.clone().requires_grad_() for tensor in inputs)
         if whole:
-            result = lattice.infer(energy, matrices, 3)
+            result = lattice.infer(energy, matrices, 3, normalize=True)
         else:
             q = lattice_module.softmax(energy)
             for _ in range(2):
                 q = lattice.update(q, energy, matrices)
-            result = lattice.energy(q, energy, matrices)
-        (lattice_module.softmax(result) * random_values(720, 9, seed=3).to(dtype)).sum().backward()
+            result = lattice.update(q, energy, matrices)
+        (result * random_values(720, 9, seed=3).to(dtype)).sum().backward()
         results.append([result.detach(), energy.grad, matrices.grad])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-11 if dtype == torch.float64 else 3e-4)
