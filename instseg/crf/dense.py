@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
 from typing import TypeVar
 
 import numpy as np
@@ -69,6 +69,7 @@ class DenseCRF(nn.Module):
         expected = (len(self.spatial_weight), *image.shape[:2])
         if tuple(unary.shape) != expected:
             raise ValueError(f"unary: expected shape (L, H, W) = {expected}, got {tuple(unary.shape)}")
+        _check_memory(unary)
         if not torch.isfinite(unary).all():
             raise ValueError("unary: expected finite energies, got NaN or infinity")
         dtype = self.spatial_weight.dtype
@@ -76,6 +77,24 @@ class DenseCRF(nn.Module):
         flat = pixel_major(unary.to(dtype))
         q = self.pairwise(kernels).marginals(flat, self.num_iterations)
         return q.T.reshape(unary.shape)
+
+
+def _check_memory(unary: Tensor) -> None:
+    """Refuse what cannot fit before it is tried: an allocation that fails late takes the process with it.
+
+    Raises:
+        ValueError: If the unary and the two pixel arrays of an inference exceed the device's memory.
+    """
+    needed = 3 * unary.numel() * 4
+    if unary.is_cuda:
+        total = torch.cuda.mem_get_info(unary.device)[1]
+    else:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > total:
+        raise ValueError(
+            f"unary: {unary.shape[0]} labels for {unary[0].numel()} pixels need {needed / 2**30:.1f} GiB, and this "
+            f"{unary.device.type} has {total / 2**30:.1f} GiB; use fewer labels or a smaller image"
+        )
 
 
 class HigherOrderCRF(nn.Module):

@@ -41,7 +41,7 @@ class Corners(NamedTuple):
         first_rows: (B+1,) int64, where each band's own rows start.
         vertex_of_row: (R,) int32, the vertex that each row is a part of.
         kernel_of_column: (C,) int64, to which kernel each corner belongs.
-        vertices: (N, C) int32, the corners of each pixel's simplices as rows of its band, counted from the band's first.
+        vertices: (N, C) int32, the corners of each pixel's simplices, as rows counted from its band's first.
         weights: (N, C), the barycentric coordinates.
     """
 
@@ -211,10 +211,25 @@ def mix(start, stop, values, matrix, out):
 
 
 @_compiled()
+def mix_rank_one(start, stop, values, left, right, diagonal, out):
+    """out[v] = <values[v], left> * right + values[v] * diagonal."""
+    width = values.shape[1]
+    zero = broadcast(values.dtype.type(0))
+    for row in range(start * width, stop * width, width):
+        total = zero
+        for lane in range(0, width, 8):
+            total = add(total, multiply(load(values, row + lane), load(left, lane)))
+        product = reduce_add(total)
+        for lane in range(0, width, 8):
+            own = multiply(load(values, row + lane), load(diagonal, lane))
+            store(out, row + lane, multiply_add(own, product, load(right, lane)))
+
+
+@_compiled()
 def slice_rows(
     start, stop, bands, first_rows, vertex_of_row, kernel_of_column, vertices, weights, scales, table, energy, out
 ):
-    """out = energy + what each pixel reads from its corners."""
+    """Out = energy + what each pixel reads from its corners."""
     corners = Corners(bands, first_rows, vertex_of_row, kernel_of_column, vertices, weights)
     for band in range(start, stop):
         first, row = corners.bands[band], corners.first_rows[band]
@@ -237,7 +252,7 @@ def slice_softmax(
     energy,
     out,
 ):
-    """out = softmax(-slice_rows), float32."""
+    """Out = softmax(-slice_rows), float32."""
     corners = Corners(bands, first_rows, vertex_of_row, kernel_of_column, vertices, weights)
     factors = np.empty(_BLOCK, np.float32)
     for band in range(start, stop):
@@ -310,7 +325,7 @@ def step_backward(
 
 @_compiled()
 def softmax(start, stop, num_labels, energy, out):
-    """out = softmax(-energy), float32."""
+    """Out = softmax(-energy), float32."""
     factors = np.empty(_BLOCK, np.float32)
     width = energy.shape[1]
     for first in range(start, stop, _BLOCK):
@@ -360,6 +375,12 @@ def parallel_blur(bounds, *arguments):
 def parallel_mix(bounds, *arguments):
     for part in prange(len(bounds) - 1):
         mix(bounds[part], bounds[part + 1], *arguments)
+
+
+@_compiled(parallel=True)
+def parallel_mix_rank_one(bounds, *arguments):
+    for part in prange(len(bounds) - 1):
+        mix_rank_one(bounds[part], bounds[part + 1], *arguments)
 
 
 @_compiled(parallel=True)

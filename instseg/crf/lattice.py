@@ -32,7 +32,7 @@ class Blur(NamedTuple):
     Attributes:
         start: Its first vertex.
         stop: One past its last vertex.
-        neighbors: (C+1, 2, stop - start) int32, both neighbours of each vertex in each direction; -1 where there is none.
+        neighbors: (C+1, 2, stop - start) int32, both neighbours of each vertex in each direction; -1 for none.
     """
 
     start: int
@@ -67,12 +67,14 @@ class Lattice(ABC):
 
     @abstractmethod
     def mix(self, on_vertices: Tensor, matrices: Tensor) -> Tensor:
-        """Each kernel's vertices times its matrix, valid until the next call. Filtering acts on pixels and matrices on labels, so compatibility
-        can be applied here, where rows are fewer than pixels."""
+        """Each kernel's vertices times its matrix, valid until the next call.
+
+        Filtering acts on pixels and matrices on labels, so compatibility can be applied here, where rows are fewer.
+        """
 
     @abstractmethod
     def slice(self, on_vertices: Tensor, energy: Tensor) -> Tensor:
-        """`energy` (N, L), or (1, L) for all, plus, for each point, the sum of weight * after * value over its corners."""
+        """`energy` (N, L), or (1, L) for all, plus each point's sum of weight * after * value over its corners."""
 
     @abstractmethod
     def slice_softmax(self, on_vertices: Tensor, energy: Tensor) -> Tensor:
@@ -140,7 +142,7 @@ class _Message(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         blurred, matrices, q = ctx.saved_tensors
         adjoint = ctx.lattice.adjoint()
         (grad,) = grad_outputs
@@ -176,7 +178,7 @@ class _Inference(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         energy, matrices, q, *history = ctx.saved_tensors
         lattice, adjoint = ctx.lattice, ctx.lattice.adjoint()
         (grad,) = grad_outputs
@@ -201,12 +203,12 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return softmax_backward(*ctx.saved_tensors, *grad_outputs)
 
 
 def softmax(energy: Tensor) -> Tensor:
-    """softmax(-energy) (N, L) over the labels; on CPUs several times as fast as torch's where labels are few."""
+    """The marginals softmax(-energy) (N, L); on CPUs several times as fast as torch's where labels are few."""
     return _Softmax.apply(energy)  # pyright: ignore[reportReturnType]
 
 

@@ -51,7 +51,10 @@ class NumbaLattice(Lattice):
         return self._combine(sums, empty_rows(len(self.row_offsets), values.shape[1], values))
 
     def blur(self, on_vertices: Tensor) -> Tensor:  # noqa: D102
-        first, second = _rows(on_vertices), _rows(self._scratch("blur", *on_vertices.shape, on_vertices))
+        first, second = (
+            _rows(on_vertices),
+            _rows(self._scratch("blur", len(on_vertices), on_vertices.shape[1], on_vertices)),
+        )
         second[-1] = 0
         for start, stop, neighbors in self.blurs:
             source, target = first, second
@@ -65,11 +68,16 @@ class NumbaLattice(Lattice):
 
     def mix(self, on_vertices: Tensor, matrices: Tensor) -> Tensor:  # noqa: D102
         # Not torch's product: its threads spin for milliseconds after it, where ours should run.
-        mixed = self._scratch("mix", *on_vertices.shape, on_vertices)
+        mixed = self._scratch("mix", len(on_vertices), on_vertices.shape[1], on_vertices)
         _rows(mixed)[-1] = 0
         for (start, stop, _), matrix in zip(self.blurs, matrices, strict=True):
             bounds = start + _even_bounds(stop - start, on_vertices.shape[1])
-            _run(loops.mix, loops.parallel_mix, bounds, *map(_rows, (on_vertices, matrix, mixed)))
+            factors = _rank_one_and_diagonal(matrix)
+            if factors is None:
+                _run(loops.mix, loops.parallel_mix, bounds, *map(_rows, (on_vertices, matrix, mixed)))
+            else:
+                arrays = map(_rows, (on_vertices, *factors, mixed))
+                _run(loops.mix_rank_one, loops.parallel_mix_rank_one, bounds, *arrays)
         return mixed
 
     def slice(self, on_vertices: Tensor, energy: Tensor) -> Tensor:  # noqa: D102
@@ -81,7 +89,7 @@ class NumbaLattice(Lattice):
     def slice_softmax(self, on_vertices: Tensor, energy: Tensor) -> Tensor:  # noqa: D102
         if energy.dtype != torch.float32:  # the compiled exponential is a float32 one
             return (-self.slice(on_vertices, energy)).softmax(1)
-        out = empty_rows(*energy.shape, energy)
+        out = _rows_like(energy)
         arrays = *self.corners, self.after.numpy(), *map(_rows, (on_vertices, energy, out))
         _run(loops.slice_softmax, loops.parallel_slice_softmax, self._bands(), energy.shape[1], *arrays)
         return out
@@ -107,7 +115,9 @@ class NumbaLattice(Lattice):
         backward = self.before.numpy(), *map(_rows, (grad_on_vertices, grad_energy)), sums
         arrays = energy.shape[1], *self.corners, *forward, *backward
         _run(loops.step_backward, loops.parallel_step_backward, self._bands(), *arrays)
-        return self._combine(sums, self._scratch("splat", *grad_on_vertices.shape, energy))
+        return self._combine(
+            sums, self._scratch("splat", len(grad_on_vertices), grad_on_vertices.shape[1], grad_on_vertices)
+        )
 
     def _combine(self, sums: np.ndarray, on_vertices: Tensor) -> Tensor:
         out = _rows(on_vertices)
@@ -117,7 +127,7 @@ class NumbaLattice(Lattice):
         return on_vertices
 
     def _scratch(self, name: str, num_rows: int, num_labels: int, like: Tensor) -> Tensor:
-        """`empty_rows` that the next call with this name overwrites, each thread's its own: large memory is slow to get."""
+        """`empty_rows` that this thread's next call with the name overwrites: large memory is slow to get."""
         memory = self._memory.__dict__
         key = name, num_rows, num_labels, like.dtype
         if memory.get(name, (None,))[0] != key:
@@ -170,19 +180,25 @@ def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> Num
 
 
 def softmax(energy: Tensor) -> Tensor:
-    """softmax(-energy) (N, L)."""
+    """As `lattice_torch.softmax`."""
     if energy.dtype != torch.float32:
         return (-energy).softmax(1)
-    out = empty_rows(*energy.shape, energy)
-    _run(loops.softmax, loops.parallel_softmax, _even_bounds(*energy.shape), out.shape[1], *map(_rows, (energy, out)))
+    out = _rows_like(energy)
+    _run(
+        loops.softmax,
+        loops.parallel_softmax,
+        _even_bounds(len(energy), energy.shape[1]),
+        out.shape[1],
+        *map(_rows, (energy, out)),
+    )
     return out
 
 
 def softmax_backward(q: Tensor, grad: Tensor) -> Tensor:
     """As `lattice_torch.softmax_backward`."""
-    out = empty_rows(*q.shape, q)
+    out = _rows_like(q)
     arrays = map(_rows, (q, grad, out))
-    _run(loops.softmax_backward, loops.parallel_softmax_backward, _even_bounds(*q.shape), q.shape[1], *arrays)
+    _run(loops.softmax_backward, loops.parallel_softmax_backward, _even_bounds(len(q), q.shape[1]), q.shape[1], *arrays)
     return out
 
 
@@ -204,22 +220,35 @@ def copy_rows(values: Tensor) -> Tensor:
 
     The padding becomes 0: what lay there could be denormal, and hundreds of times slower.
     """
-    rows = empty_rows(*values.shape, values)
+    rows = _rows_like(values)
     padded = rows.as_strided((len(rows), _stride(rows.shape[1])), rows.stride(), rows.storage_offset())
     padded[:, rows.shape[1] :] = 0
     return rows.copy_(values)
 
 
 def _embed(features: Tensor, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Fill in the barycentric coordinates; each corner's key (N, C+1), and the step in keys of each direction (C+1,)."""
+    """Fill in the barycentric coordinates; each corner's key (N, C+1) and the step in keys of each direction."""
     num_points, num_features = features.shape
     low, strides = key_layout(features)
     scales = torch.tensor(deviations(num_features, features.dtype), dtype=features.dtype)
     keys = empty((num_points, num_features + 1), strides).numpy()
     arrays = (tensor.numpy() for tensor in (features.contiguous(), scales, low, strides))
-    _run(build_loops.embed, build_loops.parallel_embed, _even_bounds(*keys.shape), *arrays, weights, keys)
+    _run(build_loops.embed, build_loops.parallel_embed, _even_bounds(len(keys), keys.shape[1]), *arrays, weights, keys)
     steps = strides.sum() - (num_features + 1) * torch.cat([strides, strides.new_zeros(1)])
     return keys, steps.numpy()
+
+
+def _rank_one_and_diagonal(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """u, v, d (1, L) with matrix = u^T v + diag(d), where Potts compatibility, or its transpose, left it that form."""
+    others = torch.ones_like(matrix).fill_diagonal_(0)
+    ones = torch.ones_like(matrix[:1])
+    # One row, or column, from off the diagonal.
+    row = torch.cat([matrix[-1:, :-1], matrix[:1, -1:]], 1)
+    column = torch.cat([matrix[:-1, -1:], matrix[-1:, :1]], 0).T
+    for left, right in ((column, ones), (ones, row)):
+        if torch.equal(matrix * others, left.T * right * others):
+            return left, right, matrix.diagonal()[None] - left * right
+    return None
 
 
 def _number_vertices(keys: np.ndarray, bands: np.ndarray, vertices: np.ndarray, num_rows: np.ndarray) -> Any:
@@ -261,7 +290,7 @@ def _band_parts(num_bands: int) -> np.ndarray:
 
 
 def _even_bounds(num_rows: int, row_length: int) -> np.ndarray:
-    """Where equal parts of some rows start and stop: a part for each thread of torch, or one where the work is small."""
+    """Where equal parts of some rows start and stop: one for each thread of torch, or a single one of little work."""
     num_parts = torch.get_num_threads() if num_rows * row_length > _SMALL else 1
     return np.linspace(0, num_rows, num_parts + 1).astype(np.int64)
 
@@ -272,8 +301,13 @@ def _run(serial: Callable[..., None], parallel: Callable[..., None], bounds: np.
         serial(bounds[0], bounds[1], *arguments)
         return
     with _LOCK:  # not every threading layer of numba allows two calls at once
-        set_num_threads(min(len(bounds) - 1, numba_config.NUMBA_NUM_THREADS))
+        most: int = numba_config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
+        set_num_threads(min(len(bounds) - 1, most))
         parallel(bounds, *arguments)
+
+
+def _rows_like(tensor: Tensor) -> Tensor:
+    return empty_rows(len(tensor), tensor.shape[1], tensor)
 
 
 def _stride(num_labels: int) -> int:

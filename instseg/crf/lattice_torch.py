@@ -60,7 +60,7 @@ class TorchLattice(Lattice):
 
 
 def softmax(energy: Tensor) -> Tensor:
-    """softmax(-energy) (N, L)."""
+    """The marginals softmax(-energy) (N, L)."""
     return (-energy).softmax(1)
 
 
@@ -104,7 +104,7 @@ def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> Tor
 
 
 def _build_one(features: Tensor, ring: bool, first_vertex: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One kernel of one image: vertices (N, C+1) from `first_vertex`, barycentric coordinates, neighbours (C+1, 2, M)."""
+    """One kernel of one image: vertices (N, C+1) from `first_vertex`, barycentric coordinates, neighbours."""
     low, strides = (layout.to(features.device) for layout in key_layout(features))
     base, rank, weights = _enclosing_simplex(_elevate(features))
     keys = _corner_keys(base, rank, low, strides)

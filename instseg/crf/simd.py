@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import extending, types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
 
+intrinsic: Any = extending.intrinsic  # its type says nothing of the function it makes
 LANES = 8
 _FLAGS = ("contract", "nnan", "ninf", "nsz")
 
@@ -26,8 +26,8 @@ class Vector(types.Type):
         super().__init__(name=f"Vector({dtype})")
 
 
-@register_model(Vector)
-class _VectorModel(models.PrimitiveModel):
+@extending.register_model(Vector)
+class _VectorModel(extending.models.PrimitiveModel):
     def __init__(self, manager: Any, vector: Vector) -> None:
         super().__init__(manager, vector, _vector_type(vector.dtype))
 
@@ -84,7 +84,7 @@ def broadcast(typing_context: Any, scalar: Any) -> Any:
 
 @intrinsic
 def multiply_add(typing_context: Any, total: Any, scalar: Any, vector: Any) -> Any:
-    """total + scalar * vector."""
+    """Total + scalar * vector."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         product = builder.fmul(_broadcast(builder, arguments[1]), arguments[2], flags=_FLAGS)
@@ -151,7 +151,10 @@ def keep_first(typing_context: Any, vector: Any, count: Any, other: Any) -> Any:
 
 @intrinsic
 def exp2(typing_context: Any, vector: Any) -> Any:
-    """2^x of float32 x <= 0, relative error 2e-7; x below -64 counts as -64: no denormals, which cost hundreds of cycles."""
+    """2^x of float32 x <= 0, relative error 2e-7.
+
+    x below -64 counts as -64: what becomes of it is no denormal, which would cost hundreds of cycles.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         real, integers = arguments[0].type, ir.VectorType(ir.IntType(32), LANES)

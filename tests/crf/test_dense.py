@@ -166,6 +166,13 @@ def test_degenerate_sizes_and_one_label(height, width):
     np.testing.assert_allclose(DenseCRF(1)(image, unary), 1.0)
 
 
+def test_more_labels_than_memory_holds():
+    """The unary is a view of one number: nothing is allocated before the error."""
+    unary = torch.zeros(1).expand(10_000, 4_000, 4_000)
+    with pytest.raises(ValueError, match=r"10000 labels for 16000000 pixels need 1788.1 GiB"):
+        DenseCRF(10_000)(torch.zeros(1, dtype=torch.uint8).expand(4_000, 4_000, 3), unary)
+
+
 def test_bad_input():
     image, unary = small_problem()
     with pytest.raises(ValueError, match=r"unary: expected shape .*\(5, 12, 15\), got \(4, 12, 15\)"):

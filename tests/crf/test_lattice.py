@@ -1,4 +1,4 @@
-"""The lattice as linear operators: adjoint, permutation, brute force, batches, determinism, bad input; every backend."""
+"""The lattice of every backend: adjoint, permutation, brute force, batches, determinism, bad input."""
 
 from __future__ import annotations
 
@@ -100,6 +100,19 @@ def test_backends_agree(normalization, ring, monkeypatch):
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-12 if ours.dtype == torch.float64 else 2e-5)
 
 
+@pytest.mark.parametrize("num_labels", [1, 2, 9, 24])
+def test_matrices_of_potts_form_take_a_short_cut(backend, num_labels):
+    lattice = build_lattice(both())
+    on_vertices = lattice.splat(random_values(720, num_labels))
+    weight = random_values(num_labels, seed=1)
+    potts = weight[:, None] * (1.0 - torch.eye(num_labels))
+    for matrices in (torch.stack([potts, 3 * potts + torch.eye(num_labels)]), torch.stack([potts.T, potts])):
+        mixed = lattice.mix(on_vertices, matrices)
+        for blur, matrix in zip(lattice.blurs, matrices, strict=True):
+            run = slice(blur.start, blur.stop)
+            torch.testing.assert_close(mixed[run], on_vertices[run] @ matrix, **EXACT)
+
+
 def test_adjoint(backend):
     for normalization in ("after", "symmetric", "none"):
         lattice = build_lattice(both(), normalization, ring=True)
@@ -127,7 +140,7 @@ def test_float32_gradients_are_those_of_float64(backend):
         inputs = [random_values(720, 9), 5 * random_values(720, 9, seed=1), random_values(2, 9, 9, seed=2)]
         inputs = [tensor.to(dtype).requires_grad_() for tensor in inputs]
         (lattice.update(*inputs) * random_values(720, 9, seed=3).to(dtype)).sum().backward()
-        return [tensor.grad for tensor in inputs]
+        return [torch.as_tensor(tensor.grad) for tensor in inputs]
 
     for single, double in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
         torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=1e-4)
