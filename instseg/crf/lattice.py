@@ -208,7 +208,7 @@ class _Softmax(torch.autograd.Function):
 
 
 def softmax(energy: Tensor) -> Tensor:
-    """The marginals softmax(-energy) (N, L); on CPUs several times as fast as torch's where labels are few."""
+    """Marginals (N, L), exp(-energy) normalised; on CPUs several times as fast as torch's where labels are few."""
     return _Softmax.apply(energy)  # pyright: ignore[reportReturnType]
 
 

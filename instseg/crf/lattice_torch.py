@@ -60,7 +60,7 @@ class TorchLattice(Lattice):
 
 
 def softmax(energy: Tensor) -> Tensor:
-    """The marginals softmax(-energy) (N, L)."""
+    """Marginals (N, L), exp(-energy) normalised over the labels."""
     return (-energy).softmax(1)
 
 
