@@ -325,7 +325,7 @@ def step_backward(
 
 @_compiled()
 def softmax(start, stop, num_labels, energy, out):
-    """Out = softmax(-energy), float32."""
+    """Marginals: exp(-energy) normalised, float32."""
     factors = np.empty(_BLOCK, np.float32)
     width = energy.shape[1]
     for first in range(start, stop, _BLOCK):
