@@ -52,11 +52,18 @@ class DetectionPotential:
 
         Up to a constant in l this is kappa_d q0 for l_d and kappa_d q1 for every other label.
         """
+        return self.foregrounds.T @ self._push(validity)
+
+    def add_pixel_message(self, unary: Tensor, validity: Tensor) -> Tensor:
+        """`unary` (N, L) + pixel_message(validity)."""
+        return torch.addmm(unary, self.foregrounds.T, self._push(validity))
+
+    def _push(self, validity: Tensor) -> Tensor:
+        """(D, L) energy that each detection adds to its pixels."""
         push = self._kappa(self.weight_y) if self.form == "tied" else self.weight_x[self.labels] * self.scores
         energy = push * (1.0 - 2.0 * validity)
         per_label = torch.zeros(len(energy), len(self.weight_x), dtype=energy.dtype, device=energy.device)
-        per_label = per_label.scatter(1, self.labels[:, None], energy[:, None])
-        return self.foregrounds.T @ per_label
+        return per_label.scatter(1, self.labels[:, None], energy[:, None])
 
     def validity_logit(self, q: Tensor) -> Tensor:
         """(D,) logit Q(Y_d = 1) given marginals `q` (N, L): unary plus agreement of F_d with l_d."""

@@ -17,6 +17,7 @@ from instseg.crf.simd import (
     add,
     broadcast,
     exp2,
+    flush,
     keep_first,
     load,
     minimum,
@@ -99,7 +100,8 @@ def _scatter_block(first, num_rows, first_row, corners, scales, values, source, 
         i, row = first + p, (source + p) * width
         lane = 0
         while lane + 24 <= width:
-            a, b, c = load(values, row + lane), load(values, row + lane + 8), load(values, row + lane + 16)
+            a, b = flush(load(values, row + lane)), flush(load(values, row + lane + 8))
+            c = flush(load(values, row + lane + 16))
             for k in range(corners.vertices.shape[1]):
                 w = corners.weights[i, k] * scales[i, corners.kernel_of_column[k]]
                 at = (first_row + corners.vertices[i, k]) * width + lane
@@ -108,7 +110,7 @@ def _scatter_block(first, num_rows, first_row, corners, scales, values, source, 
                 store(sums, at + 16, multiply_add(load(sums, at + 16), w, c))
             lane += 24
         while lane < width:
-            a = load(values, row + lane)
+            a = flush(load(values, row + lane))
             for k in range(corners.vertices.shape[1]):
                 w = corners.weights[i, k] * scales[i, corners.kernel_of_column[k]]
                 at = (first_row + corners.vertices[i, k]) * width + lane
@@ -146,6 +148,17 @@ def _clear(first_row, last_row, sums):
     zero = broadcast(sums.dtype.type(0))
     for at in range(first_row * sums.shape[1], last_row * sums.shape[1], 8):
         store(sums, at, zero)
+
+
+@_compiled()
+def copy_rows(start, stop, values, out):
+    """Row by row; out[i] = values[i]; the padding becomes 0, as what lies there may be denormal."""
+    num_labels = values.shape[1]
+    for i in range(start, stop):
+        for label in range(num_labels):
+            out[i, label] = values[i, label]
+        for label in range(num_labels, out.shape[1]):
+            out[i, label] = 0
 
 
 @_compiled()
@@ -347,10 +360,16 @@ def softmax_backward(start, stop, num_labels, q, grad, out):
             total = add(total, multiply(load(q, lane), load(grad, lane)))
         mean = broadcast(reduce_add(total))
         for lane in range(row, row + width, 8):
-            store(out, lane, multiply(load(q, lane), subtract(mean, load(grad, lane))))
+            store(out, lane, multiply(load(q, lane), flush(subtract(mean, load(grad, lane)))))
 
 
 # One function for each, not a higher-order one: numba caches a closure for its own process only.
+
+
+@_compiled(parallel=True)
+def parallel_copy_rows(bounds, *arguments):
+    for part in prange(len(bounds) - 1):
+        copy_rows(bounds[part], bounds[part + 1], *arguments)
 
 
 @_compiled(parallel=True)

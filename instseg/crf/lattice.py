@@ -207,6 +207,18 @@ class _Softmax(torch.autograd.Function):
         return softmax_backward(*ctx.saved_tensors, *grad_outputs)
 
 
+class _CopyRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        del ctx
+        return _backend(values.device).copy_rows(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        del ctx
+        return grad_outputs[0]
+
+
 def softmax(energy: Tensor) -> Tensor:
     """Marginals (N, L), exp(-energy) normalised; on CPUs several times as fast as torch's where labels are few."""
     return _Softmax.apply(energy)  # pyright: ignore[reportReturnType]
@@ -219,7 +231,7 @@ def softmax_backward(q: Tensor, grad: Tensor) -> Tensor:
 
 def pixel_major(values: Tensor) -> Tensor:
     """(N, L) from (L, ...), laid out as the backend reads it fastest; differentiable."""
-    return _backend(values.device).copy_rows(values.flatten(1).T)
+    return _CopyRows.apply(values.flatten(1).T)  # pyright: ignore[reportReturnType]
 
 
 def zeros(like: Tensor) -> Tensor:

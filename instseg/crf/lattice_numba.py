@@ -216,14 +216,11 @@ def empty_rows(num_rows: int, num_labels: int, like: Tensor) -> Tensor:
 
 
 def copy_rows(values: Tensor) -> Tensor:
-    """A copy of `values` (N, L) in `empty_rows`; differentiable.
-
-    The padding becomes 0: what lay there could be denormal, and hundreds of times slower.
-    """
+    """As `lattice_torch.copy_rows`, into `empty_rows`."""
     rows = _rows_like(values)
-    padded = rows.as_strided((len(rows), _stride(rows.shape[1])), rows.stride(), rows.storage_offset())
-    padded[:, rows.shape[1] :] = 0
-    return rows.copy_(values)
+    arrays = values.detach().numpy(), _padded(rows)
+    _run(loops.copy_rows, loops.parallel_copy_rows, _even_bounds(len(values), values.shape[1]), *arrays)
+    return rows
 
 
 def _embed(features: Tensor, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -316,10 +313,13 @@ def _stride(num_labels: int) -> int:
 
 def _rows(tensor: Tensor) -> np.ndarray:
     """The padded rows of a tensor of `empty_rows`, or of a copy of any other."""
-    num_rows, length = tensor.shape
-    stride = _stride(length)
-    tensor = tensor.detach()
-    end = tensor.storage_offset() + num_rows * stride
-    if tensor.stride() != (stride, 1) or end * tensor.element_size() > tensor.untyped_storage().nbytes():
-        tensor = copy_rows(tensor)
-    return tensor.as_strided((num_rows, stride), (stride, 1)).numpy()
+    stride = _stride(tensor.shape[1])
+    end = tensor.storage_offset() + len(tensor) * stride
+    fits = end * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    return _padded(tensor if fits and tensor.stride() == (stride, 1) else copy_rows(tensor))
+
+
+def _padded(rows: Tensor) -> np.ndarray:
+    """(num_rows, whole vectors), the padding included."""
+    stride = _stride(rows.shape[1])
+    return rows.detach().as_strided((len(rows), stride), (stride, 1)).numpy()

@@ -98,7 +98,7 @@ def _without_pairwise(
     """The rest of a step from (q, validity): the pixels' other energies (N, L), and the next validity (D,)."""
     if detections is None or validity is None:
         return unary, None
-    return unary + detections.pixel_message(validity), torch.sigmoid(detections.validity_logit(q))
+    return detections.add_pixel_message(unary, validity), torch.sigmoid(detections.validity_logit(q))
 
 
 def free_energy(
