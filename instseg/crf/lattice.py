@@ -6,7 +6,7 @@ and both CRFs. Several kernels, each with its own features, lie side by side in 
 of the same arrays, so that a pixel is read and written once per iteration. Several images lie one after another.
 
 What a mean-field step does with the maps is said here; how they are applied, by one backend a file: `lattice_numba` on
-a CPU, and `lattice_torch` anywhere.
+a CPU, `lattice_triton` on a GPU, and `lattice_torch` anywhere.
 """
 
 from __future__ import annotations
@@ -330,9 +330,11 @@ def slices(lengths: Sequence[int]) -> Iterator[slice]:
 
 
 def _backend(device: torch.device) -> ModuleType:
-    """The fastest backend there is for `device`; numba is optional."""
+    """The backend written for `device`, where its compiler is installed; numba and triton are optional."""
     if device.type == "cpu" and find_spec("numba"):
         from instseg.crf import lattice_numba as backend
+    elif device.type == "cuda" and find_spec("triton"):
+        from instseg.crf import lattice_triton as backend
     else:
         from instseg.crf import lattice_torch as backend
     return backend
