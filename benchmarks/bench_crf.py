@@ -1,108 +1,227 @@
 #!/usr/bin/env python
-"""Time and exactness of the dense CRF, beside pydensecrf where it is installed (pip install pydensecrf2)."""
+"""Time, memory and exactness of the dense CRF, beside pydensecrf where it is (pip install cython pydensecrf2).
 
+Inference is 10 iterations with lattice construction; training is forward and backward of 5 iterations. Ours and the
+peer's alternate in one run; the peer has one thread and no more.
+"""
+
+import json
+import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import matplotlib as mpl
 import numpy as np
 import torch
 
-from benchmarks.common import alternate, write_result
-from instseg.config import KernelConfig
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+from benchmarks.common import RESULTS, alternate, write_result
+from instseg.config import Accuracy, KernelConfig, Normalization
 from instseg.crf import DenseCRF
+from instseg.crf.pairwise import build_kernels
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "data" / "golden"
-SIZES = {"500x375": (375, 500), "1024x1024": (1024, 1024)}
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+PHOTOGRAPH = SHARED / "VOCdevkit" / "VOC2012" / "JPEGImages" / "2008_000223.jpg"
 THETAS = {"80/13/3": (80.0, 13.0, 3.0), "160/3/3": (160.0, 3.0, 3.0)}
-NUM_LABELS, NUM_ITERATIONS = 21, 10
+CASES = [(500, 375, 21), (1024, 1024, 21), (500, 375, 2), (500, 375, 6), (500, 375, 51)]  # width, height, labels
+ACCURACIES: tuple[Accuracy, ...] = ("fast", "ring", "exact")
+ROUNDS = 5
 
 
-def main(rounds: int = 5) -> None:
-    """Print both tables and write results/crf.json."""
-    timings: dict[str, Any] = {}
-    for size_name, size in SIZES.items():
-        for theta_name, theta in THETAS.items():
-            timings[f"{size_name} theta {theta_name}"] = time_one(size, theta, rounds)
-    exactness = {} if not GOLDEN.is_dir() else measure_exactness()
-    content = {"threads": torch.get_num_threads(), "rounds": rounds, "timings": timings, "exactness": exactness}
+def main() -> None:
+    """Print the tables, write results/crf.json and results/crf_scaling.png."""
+    print(f"{'case':28s}{'vertices':>9s}" + "".join(f"{name:>24s}" for name in ("1 thread", "2 threads", "training")))
+    timings = {f"{w}x{h} L{n} {theta}": time_case(w, h, n, theta) for w, h, n in CASES for theta in THETAS}
+    content = {
+        "image": PHOTOGRAPH.name if PHOTOGRAPH.is_file() else "generated",
+        "rounds": ROUNDS,
+        "timings": timings,
+        "peak_mib": {f"{w}x{h} L{n} {theta}": peaks(w, h, n, theta) for w, h, n in CASES[:2] for theta in THETAS},
+        "accuracies": {theta: time_accuracies(theta) for theta in THETAS},
+        "exactness": exactness(),
+        "scaling": scaling(),
+    }
     print(f"\nwritten to {write_result('crf', content)}")
 
 
-def time_one(size: tuple[int, int], theta: tuple[float, float, float], rounds: int) -> dict[str, Any]:
-    """Inference with lattice construction, and forward + backward of half as many iterations."""
-    image, unary = textured_image(*size)
-    crf = DenseCRF(NUM_LABELS, KernelConfig(*theta), 3.0, 10.0, NUM_ITERATIONS)
-    short = DenseCRF(NUM_LABELS, KernelConfig(*theta), 3.0, 10.0, NUM_ITERATIONS // 2)
-    candidates = {
-        "instseg": partial(crf, image, unary),
-        "forward_backward_5": partial(_train_step, short, image, unary),
+def problem(width: int, height: int, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
+    """A photograph, or a smooth image where there is none, and random unaries (L, H, W) float32."""
+    generator = np.random.default_rng(0)
+    unary = generator.normal(0, 2, (num_labels, height, width)).astype(np.float32)
+    if PHOTOGRAPH.is_file():
+        from PIL import Image
+
+        return np.array(Image.open(PHOTOGRAPH).convert("RGB").resize((width, height))), unary
+    coarse = torch.from_numpy(generator.uniform(0, 255, (1, 3, 4, 5)))
+    smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic")[0].permute(1, 2, 0).numpy()
+    return np.clip(smooth + generator.normal(0, 1, smooth.shape), 0, 255).astype(np.uint8), unary
+
+
+def candidates(width: int, height: int, num_labels: int, theta: str) -> dict[str, Callable[[], Any]]:
+    """What is timed on one case."""
+    image, unary = problem(width, height, num_labels)
+    kernels = KernelConfig(*THETAS[theta])
+    crf, short = (DenseCRF(num_labels, kernels, 3.0, 10.0, num_iterations) for num_iterations in (10, 5))
+
+    def on_threads(num_threads: int, run: Callable[[], Any]) -> Any:
+        torch.set_num_threads(num_threads)
+        return run()
+
+    runs = {
+        "1 thread": partial(on_threads, 1, partial(crf, image, unary)),
+        "2 threads": partial(on_threads, 2, partial(crf, image, unary)),
+        "forward": partial(on_threads, 2, partial(short, image, unary)),
+        "training": partial(on_threads, 2, partial(_train_step, short, image, unary)),
     }
     peer = _pydensecrf(image, unary, theta)
-    if peer is not None:
-        candidates["pydensecrf"] = peer
-    times = alternate(candidates, rounds)
-    for name, time in times.items():
-        spread = f"{time['min_ms']:.0f}..{time['max_ms']:.0f}"
-        print(f"{size[1]}x{size[0]}  theta {theta}  {name:20s} {time['median_ms']:8.0f} ms  ({spread})", flush=True)
-    return times
+    return runs if peer is None else runs | {"pydensecrf": peer}
 
 
-def textured_image(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """A smooth image with noise, uint8, and unaries (L, H, W) float32; seeded."""
-    generator = np.random.default_rng(0)
-    coarse = torch.from_numpy(generator.uniform(0, 255, (1, 3, 12, 16)))
-    smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic")[0].permute(1, 2, 0).numpy()
-    image = np.clip(smooth + generator.normal(0, 4, smooth.shape), 0, 255).astype(np.uint8)
-    return image, generator.normal(0, 2, (NUM_LABELS, height, width)).astype(np.float32)
+def time_case(width: int, height: int, num_labels: int, theta: str) -> dict[str, Any]:
+    """Print and return one row: medians, spreads, and the ratios to the peer of the same round."""
+    times = alternate(candidates(width, height, num_labels, theta), ROUNDS)
+    image, _ = problem(width, height, 1)
+    num_vertices = build_kernels(torch.from_numpy(image), KernelConfig(*THETAS[theta])).blurs[-1].stop  # pyright: ignore
+    print(f"{width}x{height} L{num_labels} {theta:10s}".ljust(28) + f"{num_vertices:9d}", end="")
+    for name in ("1 thread", "2 threads", "training"):
+        ratio = times[name].get("pydensecrf_ratio")
+        suffix = "" if ratio is None else f" ({ratio['min']:.2f} {ratio['median']:.2f} {ratio['max']:.2f})"
+        print(f"{times[name]['median_ms']:7.0f} ms{suffix:>17s}", end="", flush=True)
+    print()
+    return {"vertices": num_vertices} | times
 
 
-def measure_exactness() -> dict[str, Any]:
-    """Mean marginal error and argmax agreement against brute force, ours and pydensecrf's, on the golden case."""
-    with np.load(GOLDEN / "crf_60x80_L4.npz") as arrays:
+def peaks(width: int, height: int, num_labels: int, theta: str) -> dict[str, float]:
+    """MiB by which one call raises the process's peak memory, in a process of its own that has its imports done."""
+    found = {}
+    for name in ("2 threads", "training", "pydensecrf"):
+        command = [sys.executable, __file__, "--peak", json.dumps([width, height, num_labels, theta, name])]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        if done.stdout:
+            found[name] = float(done.stdout)
+    print(f"{width}x{height} L{num_labels} {theta:10s}".ljust(28), {k: f"{v:.0f} MiB" for k, v in found.items()})
+    return found
+
+
+def print_peak(width: int, height: int, num_labels: int, theta: str, name: str) -> None:
+    """For `peaks`: the rise of VmHWM above the memory in use before the call."""
+    run = candidates(width, height, num_labels, theta).get(name)
+    if run is None:
+        return
+    small = candidates(32, 24, num_labels, theta)[name]
+    small()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    run()
+    print((_status("VmHWM") - before) / 1024)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def time_accuracies(theta: str) -> dict[str, Any]:
+    """10 iterations with 21 labels on 2 threads: "fast" and "ring" on 500x375, all three on 120x90."""
+    torch.set_num_threads(2)
+    found: dict[str, Any] = {}
+    for width, height, accuracies in ((500, 375, ACCURACIES[:2]), (120, 90, ACCURACIES)):
+        image, unary = problem(width, height, 21)
+        runs = {
+            a: partial(DenseCRF(21, KernelConfig(*THETAS[theta], accuracy=a), 3.0, 10.0, 10), image, unary)
+            for a in accuracies
+        }
+        found[f"{width}x{height}"] = {name: time["median_ms"] for name, time in alternate(runs, 3).items()}
+    print(f"accuracies, theta {theta}: {found}")
+    return found
+
+
+def exactness() -> dict[str, Any]:
+    """Mean error of the marginals and argmax agreement with brute force, on the golden case of 60x80 with 4 labels."""
+    golden = SHARED / "golden" / "crf_60x80_L4.npz"
+    if not golden.is_file():
+        return {}
+    with np.load(golden) as arrays:
         case = dict(arrays)
     rows: dict[str, Any] = {}
-    for theta_name, theta in {"p80": THETAS["80/13/3"], "p160": THETAS["160/3/3"]}.items():
-        for short, normalization in {"sym": "symmetric", "after": "after"}.items():
-            kernels = KernelConfig(*theta, normalization=normalization)  # pyright: ignore[reportArgumentType]
-            ours = DenseCRF(4, kernels, 3.0, 10.0, NUM_ITERATIONS)(case["image"], case["unary_energy"])
-            exact, peer = (case[f"{kind}_{theta_name}_{short}_it10"] for kind in ("exact", "pydensecrf"))
-            rows[f"{theta_name} {normalization}"] = {
-                name: {
+    for name, theta in {"p80": "80/13/3", "p160": "160/3/3"}.items():
+        normalizations: dict[str, Normalization] = {"sym": "symmetric", "after": "after"}
+        for short, normalization in normalizations.items():
+            exact = case[f"exact_{name}_{short}_it10"]
+            results = {"pydensecrf": case[f"pydensecrf_{name}_{short}_it10"]}
+            for accuracy in ACCURACIES:
+                kernels = KernelConfig(*THETAS[theta], normalization=normalization, accuracy=accuracy)
+                results[accuracy] = DenseCRF(4, kernels, 3.0, 10.0, 10)(case["image"], case["unary_energy"])
+            rows[f"{theta} {normalization}"] = {
+                key: {
                     "mean_error": float(np.abs(q - exact).mean()),
                     "argmax_agreement": float((q.argmax(0) == exact.argmax(0)).mean()),
-                    "max_difference_to_pydensecrf": float(np.abs(q - peer).max()),
                 }
-                for name, q in (("instseg", ours), ("pydensecrf", peer))
+                for key, q in results.items()
             }
-            print(theta_name, normalization, rows[f"{theta_name} {normalization}"])
+            cells = (
+                f"{k} {v['mean_error']:.1e} {v['argmax_agreement']:.2%}" for k, v in list(rows.values())[-1].items()
+            )
+            print(f"{theta} {normalization:10s}", *cells, sep="   ")
     return rows
+
+
+def scaling() -> dict[str, Any]:
+    """Time against pixels and labels, with the plot."""
+    theta = "80/13/3"
+    sizes = [(250, 188), (354, 265), (500, 375), (707, 530), (1000, 750)]
+    counts = [2, 8, 16, 24, 32, 48, 64]
+    pixels = {w * h: _median(w, h, 21, theta) for w, h in sizes}
+    labels = {count: _median(500, 375, count, theta) for count in counts}
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for axis, points, label in zip(axes, (pixels, labels), ("pixels (21 labels)", "labels (500 x 375)"), strict=True):
+        axis.plot(list(points), list(points.values()), "o-", color="tab:blue")
+        axis.set(xlabel=label, xlim=(0, None), ylim=(0, None))
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("ms, 10 iterations, 2 threads")
+    figure.savefig(RESULTS / "crf_scaling.png", dpi=110)
+    return {"pixels_ms": pixels, "labels_ms": labels}
+
+
+def _median(width: int, height: int, num_labels: int, theta: str) -> float:
+    run = candidates(width, height, num_labels, theta)["2 threads"]
+    return alternate({"ours": run}, 5)["ours"]["median_ms"]
 
 
 def _train_step(crf: DenseCRF, image: np.ndarray, unary: np.ndarray) -> None:
     crf.zero_grad()
-    crf(torch.from_numpy(image), torch.from_numpy(unary)).square().mean().backward()
+    leaf = torch.from_numpy(unary).requires_grad_()
+    crf(torch.from_numpy(image), leaf).square().mean().backward()
 
 
-def _pydensecrf(image: np.ndarray, unary: np.ndarray, theta: tuple[float, float, float]) -> Any:
+def _pydensecrf(image: np.ndarray, unary: np.ndarray, theta: str) -> Callable[[], np.ndarray] | None:
     try:
         import pydensecrf.densecrf as peer  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
-    flat = np.ascontiguousarray(unary.reshape(NUM_LABELS, -1))
+    num_labels, height, width = unary.shape
+    alpha, beta, gamma = THETAS[theta]
 
     def run() -> np.ndarray:
-        crf = peer.DenseCRF2D(image.shape[1], image.shape[0], NUM_LABELS)
-        crf.setUnaryEnergy(flat)
-        crf.addPairwiseGaussian(sxy=theta[2], compat=3)
-        crf.addPairwiseBilateral(sxy=theta[0], srgb=theta[1], rgbim=image, compat=10)
-        return np.array(crf.inference(NUM_ITERATIONS))
+        crf = peer.DenseCRF2D(width, height, num_labels)
+        crf.setUnaryEnergy(unary.reshape(num_labels, -1))
+        crf.addPairwiseGaussian(sxy=gamma, compat=3)
+        crf.addPairwiseBilateral(sxy=alpha, srgb=beta, rgbim=image, compat=10)
+        return np.array(crf.inference(10))
 
     return run
 
 
 if __name__ == "__main__":
-    main()
+    if "--peak" in sys.argv:
+        print_peak(*json.loads(sys.argv[-1]))
+    else:
+        main()

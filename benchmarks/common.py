@@ -17,11 +17,12 @@ from instseg.evaluation.report import commit
 RESULTS = Path(__file__).parent / "results"
 
 
-def alternate(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+def alternate(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, Any]]:
     """Time the candidates in turn, A B A B ..., so that a slow spell of the machine hits all of them.
 
     Returns:
-        For each candidate median_ms, min_ms and max_ms over `rounds`, after one warm-up.
+        For each candidate median_ms, min_ms and max_ms over `rounds`, after one warm-up. Beside a candidate
+        "pydensecrf" also pydensecrf_ratio: min, median and max over the rounds of the time divided by that one's.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for run in candidates.values():
@@ -31,10 +32,15 @@ def alternate(candidates: Mapping[str, Callable[[], object]], rounds: int) -> di
             start = time.perf_counter()
             run()
             times[name].append(1e3 * (time.perf_counter() - start))
-    return {
-        name: {"median_ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values)}
-        for name, values in times.items()
-    }
+    return {name: _summary(values, times.get("pydensecrf")) for name, values in times.items()}
+
+
+def _summary(values: list[float], peer: list[float] | None) -> dict[str, Any]:
+    summary = {"median_ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values)}
+    if peer is None:
+        return summary
+    ratios = [value / other for value, other in zip(values, peer, strict=True)]
+    return summary | {"pydensecrf_ratio": {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)}}
 
 
 def write_result(name: str, content: dict[str, Any]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -60,40 +61,55 @@ class DenseCRF(nn.Module):
         Raises:
             ValueError: If the shapes do not fit each other or the number of labels, or the unary is not finite.
         """
-        if isinstance(unary, np.ndarray):
-            with torch.no_grad():
-                return self._infer(torch.from_numpy(np.asarray(image)), torch.from_numpy(unary)).numpy()
-        return self._infer(torch.as_tensor(image), unary)
+        return self.batch([image], [unary])[0]
 
-    def _infer(self, image: Tensor, unary: Tensor) -> Tensor:
-        expected = (len(self.spatial_weight), *image.shape[:2])
-        if tuple(unary.shape) != expected:
-            raise ValueError(f"unary: expected shape (L, H, W) = {expected}, got {tuple(unary.shape)}")
-        _check_memory(unary)
-        if not torch.isfinite(unary).all():
+    def batch(self, images: Sequence[Array], unaries: Sequence[Array]) -> list[Array]:
+        """`forward` of several images of any sizes at once: the same marginals, in fewer and larger operations."""
+        if len(images) != len(unaries) or not images:
+            raise ValueError(f"batch: expected as many unaries as images, 1 or more; got {len(unaries)}, {len(images)}")
+        if isinstance(unaries[0], np.ndarray):
+            with torch.no_grad():
+                tensors = self._infer([torch.from_numpy(np.asarray(x)) for x in images], list(map(_tensor, unaries)))
+            return [q.numpy() for q in tensors]  # pyright: ignore[reportReturnType]
+        return self._infer(list(map(torch.as_tensor, images)), list(map(_tensor, unaries)))  # pyright: ignore
+
+    def _infer(self, images: list[Tensor], unaries: list[Tensor]) -> list[Tensor]:
+        for image, unary in zip(images, unaries, strict=True):
+            expected = (len(self.spatial_weight), *image.shape[:2])
+            if tuple(unary.shape) != expected:
+                raise ValueError(f"unary: expected shape (L, H, W) = {expected}, got {tuple(unary.shape)}")
+        _check_memory(unaries)
+        if not all(torch.isfinite(unary).all() for unary in unaries):
             raise ValueError("unary: expected finite energies, got NaN or infinity")
         dtype = self.spatial_weight.dtype
-        kernels = build_kernels(image.to(dtype), self.kernel_config)
-        flat = pixel_major(unary.to(dtype))
-        q = self.pairwise(kernels).marginals(flat, self.num_iterations)
-        return q.T.reshape(unary.shape)
+        kernels = build_kernels([image.to(dtype) for image in images], self.kernel_config)
+        columns = [unary.to(dtype).flatten(1) for unary in unaries]
+        rows = pixel_major(columns[0] if len(columns) == 1 else torch.cat(columns, 1))
+        q = self.pairwise(kernels).marginals(rows, self.num_iterations)
+        parts = q.split([unary[0].numel() for unary in unaries])
+        return [part.T.unflatten(1, unary.shape[1:]) for part, unary in zip(parts, unaries, strict=True)]
 
 
-def _check_memory(unary: Tensor) -> None:
+def _tensor(array: np.ndarray | Tensor) -> Tensor:
+    return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+
+
+def _check_memory(unaries: Sequence[Tensor]) -> None:
     """Refuse what cannot fit before it is tried: an allocation that fails late takes the process with it.
 
     Raises:
-        ValueError: If the unary and the two pixel arrays of an inference exceed the device's memory.
+        ValueError: If the unaries and the two pixel arrays of an inference exceed the device's memory.
     """
-    needed = 3 * unary.numel() * 4
-    if unary.is_cuda:
-        total = torch.cuda.mem_get_info(unary.device)[1]
+    needed = 3 * 4 * sum(unary.numel() for unary in unaries)
+    if unaries[0].is_cuda:
+        total = torch.cuda.mem_get_info(unaries[0].device)[1]
     else:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > total:
+        pixels = sum(unary[0].numel() for unary in unaries)
         raise ValueError(
-            f"unary: {unary.shape[0]} labels for {unary[0].numel()} pixels need {needed / 2**30:.1f} GiB, and this "
-            f"{unary.device.type} has {total / 2**30:.1f} GiB; use fewer labels or a smaller image"
+            f"unary: {unaries[0].shape[0]} labels for {pixels} pixels need {needed / 2**30:.1f} GiB, and this "
+            f"{unaries[0].device.type} has {total / 2**30:.1f} GiB; use fewer labels or smaller images"
         )
 
 

@@ -166,6 +166,29 @@ def test_degenerate_sizes_and_one_label(height, width):
     np.testing.assert_allclose(DenseCRF(1)(image, unary), 1.0)
 
 
+@pytest.mark.parametrize("accuracy", ["fast", "ring", "exact"])
+def test_a_ragged_batch_is_its_images(accuracy):
+    problems = [small_problem(12, 15), small_problem(1, 1), small_problem(9, 30, seed=1)]
+    crf = DenseCRF(4, KernelConfig(accuracy=accuracy))
+    for got, (image, unary) in zip(crf.batch(*zip(*problems, strict=True)), problems, strict=True):
+        np.testing.assert_allclose(got, crf(image, unary), rtol=0, atol=0 if accuracy != "exact" else 1e-6)
+    with pytest.raises(ValueError, match="as many unaries as images, 1 or more; got 1, 0"):
+        crf.batch([], [problems[0][1]])
+
+
+def test_the_more_exact_kernels_are_closer_to_exact_inference(shared_data):
+    case = golden(shared_data, "crf_60x80_L4.npz")
+    exact = case["exact_p80_after_it10"]
+    errors = {}
+    for accuracy in ("fast", "ring", "exact"):
+        kernels = KernelConfig(*THETAS["p80"], accuracy=accuracy)
+        q = DenseCRF(4, kernels, 3.0, 10.0, 10)(case["image"], case["unary_energy"])
+        errors[accuracy] = np.abs(q - exact).mean()
+    # measured: 2.7e-3, 1.5e-4, 1e-8
+    assert errors["ring"] < 0.1 * errors["fast"]
+    assert errors["exact"] < 1e-6
+
+
 def test_more_labels_than_memory_holds():
     """The unary is a view of one number: nothing is allocated before the error."""
     unary = torch.zeros(1).expand(10_000, 4_000, 4_000)

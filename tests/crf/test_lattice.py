@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from instseg.crf import lattice as lattice_module
 from instseg.crf.lattice import Lattice, build_lattice
 from instseg.crf.lattice_numba import NumbaLattice
+from instseg.crf.lattice_torch import _elevate
 from tests.oracles import gaussian_kernel
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -193,6 +194,17 @@ def test_point_order_does_not_matter(backend):
     direct = message(build_lattice(features), values, 1.0, 2.0)[order]
     permuted = build_lattice([kernel[order] for kernel in features])
     torch.testing.assert_close(message(permuted, values[order], 1.0, 2.0), direct, **EXACT)
+
+
+def test_translation_by_a_vector_of_the_lattice_changes_nothing(backend):
+    """In the embedding it moves every point by C+1 up in one coordinate and down in another."""
+    # away from the borders of simplices, where rounding chooses the side
+    features, values = photo_features() + torch.linspace(0.01, 0.02, 5).double().sqrt(), random_values(720, 2)
+    origin, *axes = _elevate(torch.cat([torch.zeros(1, 5), torch.eye(5)]).double())
+    move = torch.tensor([6.0, 0, 0, -6.0, 0, 0]).double()
+    shift = torch.linalg.lstsq(torch.stack(axes, 1) - origin[:, None], move[:, None]).solution[:, 0]
+    moved = message(build_lattice([features + shift]), values)
+    torch.testing.assert_close(moved, message(build_lattice([features]), values), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("normalization", ["after", "symmetric", "none"])
