@@ -20,7 +20,7 @@ class KernelConfig:
     theta_gamma: float = 3.0  # spatial, pixels
     normalization: Normalization = "after"
     # "fast": the lattice of the reference library; "ring": with the vertices next to those that pixels touch, more
-    # exact for more memory and time; "exact": brute force, quadratic in pixels. benchmarks/README.md has the figures.
+    # exact for more memory and time; "exact": brute force, quadratic in pixels. The README has the figures.
     accuracy: Accuracy = "fast"
 
     def __post_init__(self) -> None:

@@ -64,4 +64,4 @@ def test_the_python_snippets():
     names = {"image": image, "semantic_probabilities": probabilities, "unary": unary}
     for snippet in blocks("python"):
         exec(snippet, names)  # the README's own code
-    assert names["marginals"].shape == unary.shape
+    assert names["q"].shape == unary.shape

@@ -1,4 +1,5 @@
-"""Dense CRFs with higher-order detection potentials (paper 3.1-3.3). Pure torch; no Ray, no files, no OpenCV.
+"""Dense CRFs with higher-order detection potentials (paper 3.1-3.3). Torch, and numba or triton for speed; no Ray, no files,
+no OpenCV.
 
 One sign convention: a potential is an energy in nats, P(x) ~ exp(-E(x)). A message is the derivative of
 the expected energy by Q_i(l), and an update is log Q_i(l) = -(unary energy) - sum of messages - log Z.
@@ -7,6 +8,9 @@ Dimension letters: N pixels (row-major), L labels, D detections, C features, M l
 pixel-major (N, L), so that filters and softmax read contiguous rows. Images are RGB 0..255.
 
     lattice.py      permutohedral lattice                  Adams et al. 2010
+                    its backends: lattice_numba.py on CPUs (with build_loops.py, filter_loops.py, simd.py),
+                    lattice_triton.py on GPUs, lattice_torch.py anywhere
+    exact.py        the kernels by brute force
     pairwise.py     k(i, j), normalisation, compatibility  section 3.1
     detection.py    psi_d and the latent Y_d               Eq. 2-3
     mean_field.py   one step, the loop, the free energy
