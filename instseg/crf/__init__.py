@@ -1,5 +1,6 @@
-"""Dense CRFs with higher-order detection potentials (paper 3.1-3.3). Torch, and numba or triton for speed; no Ray, no files,
-no OpenCV.
+"""Dense CRFs with higher-order detection potentials (paper 3.1-3.3).
+
+Torch, and numba or triton for speed; no Ray, no files, no OpenCV.
 
 One sign convention: a potential is an energy in nats, P(x) ~ exp(-E(x)). A message is the derivative of
 the expected energy by Q_i(l), and an update is log Q_i(l) = -(unary energy) - sum of messages - log Z.
