@@ -36,7 +36,7 @@ ROUNDS = 5
 
 
 def main() -> None:
-    """Print the tables, write results/crf.json and results/crf_scaling.png."""
+    """Print the tables, write results/crf.json, crf_scaling.json and crf_scaling.png."""
     print(f"{'case':28s}{'vertices':>9s}" + "".join(f"{name:>24s}" for name in ("1 thread", "2 threads", "training")))
     timings = {f"{w}x{h} L{n} {theta}": time_case(w, h, n, theta) for w, h, n in CASES for theta in THETAS}
     content = {
@@ -46,9 +46,8 @@ def main() -> None:
         "peak_mib": {f"{w}x{h} L{n} {theta}": peaks(w, h, n, theta) for w, h, n in CASES[:2] for theta in THETAS},
         "accuracies": {theta: time_accuracies(theta) for theta in THETAS},
         "exactness": exactness(),
-        "scaling": scaling(),
     }
-    print(f"\nwritten to {write_result('crf', content)}")
+    print(f"\nwritten to {write_result('crf', content)}, {write_result('crf_scaling', scaling())}")
 
 
 def problem(width: int, height: int, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -181,7 +180,9 @@ def scaling() -> dict[str, Any]:
     pixels = {w * h: _median(w, h, 21, theta) for w, h in sizes}
     labels = {count: _median(500, 375, count, theta) for count in counts}
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for axis, points, label in zip(axes, (pixels, labels), ("pixels (21 labels)", "labels (500 x 375)"), strict=True):
+    thousands = {count / 1000: time for count, time in pixels.items()}
+    names = "thousand pixels (21 labels)", "labels (500 x 375 pixels)"
+    for axis, points, label in zip(axes, (thousands, labels), names, strict=True):
         axis.plot(list(points), list(points.values()), "o-", color="tab:blue")
         axis.set(xlabel=label, xlim=(0, None), ylim=(0, None))
         axis.grid(alpha=0.3)
