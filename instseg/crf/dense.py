@@ -45,8 +45,8 @@ class DenseCRF(nn.Module):
         super().__init__()
         self.kernel_config = kernels or KernelConfig()
         self.num_iterations = num_iterations
-        self.spatial_weight = nn.Parameter(torch.full((num_labels,), spatial_weight))
-        self.bilateral_weight = nn.Parameter(torch.full((num_labels,), bilateral_weight))
+        self.spatial_weight = nn.Parameter(torch.full((num_labels,), float(spatial_weight)))
+        self.bilateral_weight = nn.Parameter(torch.full((num_labels,), float(bilateral_weight)))
         self.compatibility = nn.Parameter(potts(num_labels, self.spatial_weight.detach()))
 
     def pairwise(self, kernels: Kernels) -> PairwiseTerm:
