@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from instseg.config import Normalization
+from instseg.crf.lattice import check_features
 
 _BLOCK_ELEMENTS = 1 << 24  # entries of the kernel that exist at a time
 
@@ -34,14 +35,11 @@ class ExactKernels:
         """The kernels, normalised as `build_lattice` says.
 
         Raises:
-            ValueError: If features are not finite.
+            ValueError: If features are not finite, or there are no points.
         """
         scales = []
         for kernel in features:
-            if not torch.isfinite(kernel).all():
-                raise ValueError(
-                    "features: expected finite values, got NaN or infinity; check the image and the thetas"
-                )
+            check_features(kernel)
             one = torch.ones_like(kernel[:, :1])
             norm = one if normalization == "none" else _filter(kernel, one, lengths)
             root = norm.rsqrt()

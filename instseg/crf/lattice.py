@@ -261,12 +261,13 @@ def build_lattice(
             overflows its 64-bit key.
     """
     for kernel in features:
-        _check_features(kernel)
+        check_features(kernel)
     lattice = _backend(features[0].device).build(features, ring, lengths or [len(features[0])])
     return _normalize(lattice, normalization, [kernel.shape[1] for kernel in features])
 
 
-def _check_features(features: Tensor) -> None:
+def check_features(features: Tensor) -> None:
+    """Raise ValueError unless `features` are (N, C), N and C >= 1, and finite."""
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"features: expected shape (N, C) with N, C >= 1, got {tuple(features.shape)}")
     if not torch.isfinite(features).all():

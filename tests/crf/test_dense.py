@@ -189,6 +189,12 @@ def test_the_more_exact_kernels_are_closer_to_exact_inference(shared_data):
     assert errors["exact"] < 1e-6
 
 
+@pytest.mark.parametrize("accuracy", ["fast", "ring", "exact"])
+def test_an_image_that_is_not_finite_is_refused(accuracy):
+    with pytest.raises(ValueError, match="features: expected finite values"):
+        build_kernels(torch.full((3, 4, 3), torch.nan), KernelConfig(accuracy=accuracy))
+
+
 def test_more_labels_than_memory_holds():
     """The unary is a view of one number: nothing is allocated before the error."""
     unary = torch.zeros(1).expand(10_000, 4_000, 4_000)
