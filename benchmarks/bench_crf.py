@@ -87,7 +87,7 @@ def time_case(width: int, height: int, num_labels: int, theta: str) -> dict[str,
     """Print and return one row: medians, spreads, and the ratios to the peer of the same round."""
     times = alternate(candidates(width, height, num_labels, theta), ROUNDS)
     image, _ = problem(width, height, 1)
-    num_vertices = build_kernels(torch.from_numpy(image), KernelConfig(*THETAS[theta])).blurs[-1].stop  # pyright: ignore
+    num_vertices = build_kernels(torch.from_numpy(image), KernelConfig(*THETAS[theta])).kernels[-1].stop  # pyright: ignore
     print(f"{width}x{height} L{num_labels} {theta:10s}".ljust(28) + f"{num_vertices:9d}", end="")
     for name in ("1 thread", "2 threads", "training"):
         ratio = times[name].get("pydensecrf_ratio")

@@ -2,95 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from numba import njit, prange
+from numba import prange
+
+from instseg.crf.simd import compiled
 
 _EMPTY = np.int64(-1)  # keys are not negative
 _BLOCK = 128  # points that a loop carries through all its steps in the first-level cache
 
 
-def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return njit(nogil=True, cache=True, **options)
+@compiled()
+def _new_buffers(num_corners, dtype):
+    """What `_embed` works in."""
+    shape = num_corners, _BLOCK
+    return (
+        np.empty(shape, dtype),
+        np.empty(shape, dtype),
+        np.empty(shape, dtype),
+        np.empty(_BLOCK, dtype),
+        np.empty(shape, np.int32),
+        np.empty(_BLOCK, np.int32),
+        np.empty(_BLOCK, np.int64),
+    )
 
 
-@_compiled()
-def embed(start, stop, features, scales, low, strides, weights, keys):
-    """Barycentric coordinates, and one key for each corner of each point's simplex; `lattice_torch` says how.
+@compiled()
+def _embed(first, n, features, scales, low, strides, buffers, weights, keys):
+    """Barycentric coordinates of n points, and one key for each corner of their simplices; `lattice_torch` says how.
 
     The same operations on a block of points at a time, so that they vectorise; the arithmetic is not reassociated.
     """
+    elevated, residual, base, total, rank, surplus, key = buffers
     num_features = features.shape[1]
     num_corners = num_features + 1
     zero, one, corners = features.dtype.type(0), features.dtype.type(1), features.dtype.type(num_corners)
     # Adding and subtracting this rounds to the nearest integer, ties to even.
     rounder = features.dtype.type(1.5 * 2.0**23 if features.itemsize == 4 else 1.5 * 2.0**52)
-    elevated = np.empty((num_corners, _BLOCK), features.dtype)
-    residual = np.empty((num_corners, _BLOCK), features.dtype)
-    base = np.empty((num_corners, _BLOCK), features.dtype)
-    rank = np.empty((num_corners, _BLOCK), np.int32)
-    surplus = np.empty(_BLOCK, np.int32)
-    total = np.empty(_BLOCK, features.dtype)
-    key = np.empty(_BLOCK, np.int64)
-    for first in range(start, stop, _BLOCK):
-        n = min(_BLOCK, stop - first)
+    for p in range(n):
+        total[p] = zero
+        surplus[p] = 0
+        key[p] = 0
+    for index in range(num_features, 0, -1):
+        multiple = features.dtype.type(index)
         for p in range(n):
-            total[p] = zero
-            surplus[p] = 0
-            key[p] = 0
-        for index in range(num_features, 0, -1):
-            multiple = features.dtype.type(index)
-            for p in range(n):
-                scaled = features[first + p, index - 1] * scales[index - 1]
-                elevated[index, p] = total[p] - multiple * scaled
-                total[p] += scaled
+            scaled = features[first + p, index - 1] * scales[index - 1]
+            elevated[index, p] = total[p] - multiple * scaled
+            total[p] += scaled
+    for p in range(n):
+        elevated[0, p] = total[p]
+    for j in range(num_corners):
         for p in range(n):
-            elevated[0, p] = total[p]
-        for j in range(num_corners):
+            step = (elevated[j, p] / corners + rounder) - rounder
+            surplus[p] += np.int32(step)
+            base[j, p] = step * corners
+            residual[j, p] = elevated[j, p] - base[j, p]
+            rank[j, p] = 0
+    for a in range(num_corners):
+        for b in range(a + 1, num_corners):
             for p in range(n):
-                step = (elevated[j, p] / corners + rounder) - rounder
-                surplus[p] += np.int32(step)
-                base[j, p] = step * corners
-                residual[j, p] = elevated[j, p] - base[j, p]
-                rank[j, p] = 0
-        for a in range(num_corners):
-            for b in range(a + 1, num_corners):
-                for p in range(n):
-                    smaller = np.int32(residual[a, p] < residual[b, p])
-                    rank[a, p] += smaller
-                    rank[b, p] += np.int32(1) - smaller
-        for j in range(num_corners):
+                smaller = np.int32(residual[a, p] < residual[b, p])
+                rank[a, p] += smaller
+                rank[b, p] += np.int32(1) - smaller
+    for j in range(num_corners):
+        for p in range(n):
+            shifted = rank[j, p] + surplus[p]
+            wrap = np.int32(shifted < 0) - np.int32(shifted >= num_corners)
+            rank[j, p] = shifted + wrap * np.int32(num_corners)
+            base[j, p] += features.dtype.type(wrap) * corners
+            residual[j, p] = (elevated[j, p] - base[j, p]) / corners
+    for turn in range(num_corners):  # odd-even transposition sort, largest first
+        for j in range(turn & 1, num_corners - 1, 2):
             for p in range(n):
-                shifted = rank[j, p] + surplus[p]
-                wrap = np.int32(shifted < 0) - np.int32(shifted >= num_corners)
-                rank[j, p] = shifted + wrap * np.int32(num_corners)
-                base[j, p] += features.dtype.type(wrap) * corners
-                residual[j, p] = (elevated[j, p] - base[j, p]) / corners
-        for turn in range(num_corners):  # odd-even transposition sort, largest first
-            for j in range(turn & 1, num_corners - 1, 2):
-                for p in range(n):
-                    x, y = residual[j, p], residual[j + 1, p]
-                    residual[j, p] = max(x, y)
-                    residual[j + 1, p] = min(x, y)
+                x, y = residual[j, p], residual[j + 1, p]
+                residual[j, p] = max(x, y)
+                residual[j + 1, p] = min(x, y)
+    for j in range(num_features):
+        for p in range(n):
+            key[p] += (np.int64(base[j, p]) - low[j]) * strides[j]
+    for p in range(n):
+        weights[first + p, 0] = residual[num_features, p] - residual[0, p] + one
+        keys[p, 0] = key[p]
+    for k in range(1, num_corners):
         for j in range(num_features):
             for p in range(n):
-                key[p] += (np.int64(base[j, p]) - low[j]) * strides[j]
+                dropped = np.int64(rank[j, p] == num_corners - k)
+                key[p] += strides[j] - num_corners * strides[j] * dropped
         for p in range(n):
-            weights[first + p, 0] = residual[num_features, p] - residual[0, p] + one
-            keys[first + p, 0] = key[p]
-        for k in range(1, num_corners):
-            for j in range(num_features):
-                for p in range(n):
-                    dropped = np.int64(rank[j, p] == num_corners - k)
-                    key[p] += strides[j] - num_corners * strides[j] * dropped
-            for p in range(n):
-                keys[first + p, k] = key[p]
-                weights[first + p, k] = residual[num_features - k, p] - residual[num_corners - k, p]
+            keys[p, k] = key[p]
+            weights[first + p, k] = residual[num_features - k, p] - residual[num_corners - k, p]
 
 
-@_compiled()
+@compiled()
 def _find(key, keys):
     """The slot of an open-addressing table that holds `key`, or the empty one where it belongs."""
     mixed = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
@@ -101,12 +103,12 @@ def _find(key, keys):
     return slot
 
 
-@_compiled()
+@compiled()
 def _new_table(size):
     return np.full(size, _EMPTY, np.int64), np.empty(size, np.int32)
 
 
-@_compiled()
+@compiled()
 def _add(key, slot, table, unique, count):
     """The table with `key`, whose number is `count`, also noted in `unique`; it grows when half full."""
     keys, numbers = table
@@ -123,53 +125,65 @@ def _add(key, slot, table, unique, count):
     return keys, numbers
 
 
-@_compiled()
-def number_vertices(start, stop, bands, first_numbers, keys, vertices, unique, counts):
-    """Number the keys of each band of points in the order of their first touch, from the band's first number.
+@compiled()
+def number_corners(start, stop, bands, features, scales, low, strides, weights, numbers, unique, counts):
+    """Weights of each point in the corners of its simplex, which are numbered in the order of first touch in a band.
 
     `unique` (B, U) receives the distinct keys of each band and `counts` (B,) how many they are.
     """
+    num_corners = features.shape[1] + 1
+    buffers = _new_buffers(num_corners, features.dtype)
+    keys = np.empty((_BLOCK, num_corners), np.int64)
     for band in range(start, stop):
         table, count = _new_table(1 << 13), 0
-        for i in range(bands[band], bands[band + 1]):
-            for c in range(keys.shape[1]):
-                key = keys[i, c]
-                if i > bands[band] and keys[i - 1, c] == key:  # points next to each other share most corners
-                    vertices[i, c] = vertices[i - 1, c]
-                    continue
-                slot = _find(key, table[0])
-                if table[0][slot] != key:
-                    table = _add(key, slot, table, unique[band], count)
-                    vertices[i, c] = count + first_numbers[band]
-                    count += 1
-                else:
-                    vertices[i, c] = table[1][slot] + first_numbers[band]
+        for first in range(bands[band], bands[band + 1], _BLOCK):
+            n = min(_BLOCK, bands[band + 1] - first)
+            _embed(first, n, features, scales, low, strides, buffers, weights, keys)
+            for p in range(n):
+                for c in range(num_corners):
+                    key = keys[p, c]
+                    if p > 0 and keys[p - 1, c] == key:  # points next to each other share most corners
+                        numbers[first + p, c] = numbers[first + p - 1, c]
+                        continue
+                    slot = _find(key, table[0])
+                    if table[0][slot] == key:
+                        numbers[first + p, c] = table[1][slot]
+                    else:
+                        table = _add(key, slot, table, unique[band], count)
+                        numbers[first + p, c] = count
+                        count += 1
         counts[band] = count
 
 
-@_compiled()
-def merge_vertices(keys, capacity):
-    """Number the distinct ones among `keys` in order.
+@compiled()
+def merge_bands(keys, counts, capacity):
+    """Number the distinct ones among the bands' `keys` (B, U), of which each has `counts` (B,), in order.
 
     Returns:
-        Hash table, distinct keys with room for `capacity`, their count, and the number of each of `keys`.
+        Hash table; distinct keys, with room for `capacity`; how many there were before each band, and at the end; the
+        number of each band's keys, one band after the other.
     """
     table = _new_table(1 << 13)
     unique = np.empty(capacity, np.int64)
-    numbers = np.empty(len(keys), np.int32)
-    count = 0
-    for k in range(len(keys)):
-        slot = _find(keys[k], table[0])
-        if table[0][slot] == keys[k]:
-            numbers[k] = table[1][slot]
-        else:
-            table = _add(keys[k], slot, table, unique, count)
-            numbers[k] = count
-            count += 1
-    return table, unique, count, numbers
+    numbers = np.empty(counts.sum(), np.int32)
+    firsts = np.zeros(len(counts) + 1, np.int64)
+    count = at = 0
+    for band in range(len(counts)):
+        for k in range(counts[band]):
+            key = keys[band, k]
+            slot = _find(key, table[0])
+            if table[0][slot] == key:
+                numbers[at] = table[1][slot]
+            else:
+                table = _add(key, slot, table, unique, count)
+                numbers[at] = count
+                count += 1
+            at += 1
+        firsts[band + 1] = count
+    return table, unique, firsts, numbers
 
 
-@_compiled()
+@compiled()
 def add_ring(steps, table, unique, count):
     """Add the vertices next to those that a point touches; the table and the count with them."""
     for vertex in range(count):
@@ -183,31 +197,107 @@ def add_ring(steps, table, unique, count):
     return table, count
 
 
-@_compiled()
-def find_neighbors(start, stop, steps, slot_keys, slot_numbers, unique, first_vertex, neighbors):
-    """(C+1, 2, M): the vertices at -1 and +1 step in each direction, -1 where there is none."""
-    for vertex in range(start, stop):
-        for direction in range(len(steps)):
-            for side in range(2):
-                key = unique[vertex] + (2 * side - 1) * steps[direction]
-                slot = _find(key, slot_keys)
-                found = slot_keys[slot] == key
-                neighbors[direction, side, vertex] = slot_numbers[slot] + first_vertex if found else -1
+@compiled()
+def find_chains(start, stop, steps, slot_keys, slot_numbers, unique, first_vertex, chains, lengths):
+    """For each direction from start to stop its chains of vertices one step apart, see `filter_loops.blur`.
+
+    `chains` (C+1, M) receives them and `lengths` (C+1,) how many vertices are in them.
+    """
+    count = chains.shape[1]
+    after = np.empty(count, np.int32)
+    starts = np.empty(count, np.bool_)
+    for direction in range(start, stop):
+        starts[:] = True
+        for vertex in range(count):
+            slot = _find(unique[vertex] + steps[direction], slot_keys)
+            after[vertex] = -1
+            if slot_keys[slot] != _EMPTY:
+                after[vertex] = slot_numbers[slot]
+                starts[slot_numbers[slot]] = False
+        at = 0
+        for vertex in range(count):
+            if starts[vertex] and after[vertex] >= 0:
+                link = np.int32(vertex)
+                while link >= 0:
+                    chains[direction, at] = link + first_vertex
+                    at += 1
+                    link = after[link]
+                chains[direction, at - 1] = ~chains[direction, at - 1]
+        lengths[direction] = at
 
 
-@_compiled(parallel=True)
-def parallel_embed(bounds, *arguments):
+@compiled()
+def place_rows(numbers, counts, firsts, first_vertex, num_spilled, spilled):
+    """From the vertices of each band's numbers to rows: the vertex's own for its first band, else a spilled one.
+
+    The latter, counted from `num_spilled`, are given as complements; `spilled` receives their vertices.
+
+    Returns:
+        Where each band's spilled rows start, and where the last one's end.
+    """
+    bounds = np.empty(len(counts) + 1, np.int64)
+    bounds[0] = row = num_spilled
+    at = 0
+    for band in range(len(counts)):
+        for _ in range(counts[band]):
+            vertex = numbers[at] + np.int32(first_vertex)
+            if numbers[at] < firsts[band]:
+                spilled[row - num_spilled] = vertex
+                numbers[at] = ~row
+                row += 1
+            else:
+                numbers[at] = vertex
+            at += 1
+        bounds[band + 1] = row
+    return bounds
+
+
+@compiled()
+def renumber(start, stop, bands, first_numbers, row_of_number, num_vertices, rows):
+    """From numbers in a band to rows, see `place_rows`; spilled rows stand behind the vertices'."""
+    for band in range(start, stop):
+        first_number = first_numbers[band]
+        for i in range(bands[band], bands[band + 1]):
+            for c in range(rows.shape[1]):
+                row = row_of_number[first_number + rows[i, c]]
+                rows[i, c] = row if row >= 0 else num_vertices + ~row
+
+
+@compiled()
+def normalize(start, stop, rows, vertex_of_row, first_columns, table, symmetric, weights):
+    """Divide each point's weights by its norm, what it reads from `table` (M, 1 padded), kernel by kernel.
+
+    With `symmetric` by its square root.
+    """
+    for i in range(start, stop):
+        for kernel in range(len(first_columns) - 1):
+            norm = weights.dtype.type(0)
+            for c in range(first_columns[kernel], first_columns[kernel + 1]):
+                norm += weights[i, c] * table[vertex_of_row[rows[i, c]], 0]
+            factor = weights.dtype.type(1) / (np.sqrt(norm) if symmetric else norm)
+            for c in range(first_columns[kernel], first_columns[kernel + 1]):
+                weights[i, c] *= factor
+
+
+@compiled(parallel=True)
+def parallel_number_corners(bounds, *arguments):
     for part in prange(len(bounds) - 1):
-        embed(bounds[part], bounds[part + 1], *arguments)
+        number_corners(bounds[part], bounds[part + 1], *arguments)
 
 
-@_compiled(parallel=True)
-def parallel_number_vertices(bounds, *arguments):
+@compiled(parallel=True)
+def parallel_find_chains(bounds, *arguments):
     for part in prange(len(bounds) - 1):
-        number_vertices(bounds[part], bounds[part + 1], *arguments)
+        find_chains(bounds[part], bounds[part + 1], *arguments)
 
 
-@_compiled(parallel=True)
-def parallel_find_neighbors(bounds, *arguments):
+@compiled(parallel=True)
+def parallel_renumber(bounds, *arguments):
     for part in prange(len(bounds) - 1):
-        find_neighbors(bounds[part], bounds[part + 1], *arguments)
+        renumber(bounds[part], bounds[part + 1], *arguments)
+
+
+@compiled(parallel=True)
+def parallel_normalize(bounds, *arguments):
+    for part in prange(len(bounds) - 1):
+        normalize(bounds[part], bounds[part + 1], *arguments)

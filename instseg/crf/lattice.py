@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from math import prod
 from types import ModuleType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -26,59 +26,56 @@ from torch.autograd.function import once_differentiable
 from instseg.config import Normalization
 
 
-class Blur(NamedTuple):
-    """One kernel's part of a lattice.
-
-    Attributes:
-        start: Its first vertex.
-        stop: One past its last vertex.
-        neighbors: (C+1, 2, stop - start) int32, both neighbours of each vertex in each direction; -1 for none.
-    """
-
-    start: int
-    stop: int
-    neighbors: Tensor
-
-
 @dataclass(frozen=True)
 class Lattice(ABC):
     """The linear operators K_m ~ exp(-|f_i - f_j|^2 / 2) over the feature vectors f of N points, one for each kernel m.
 
-    Values on the vertices are (M+1, L), with the M vertices of all kernels; the last row is 0 and stands for absent
-    neighbours.
+    Values on the vertices are (V, L) with the M <= V vertices of all kernels first; what stands behind them is the
+    backend's.
 
     Attributes:
-        blurs: One for each kernel.
-        before: (N, number of kernels), what values are multiplied by before splatting.
-        after: (N, number of kernels), what they are multiplied by after slicing.
+        kernels: The vertices of each kernel, which follow one another.
+        splat_weights: (N, C), what a point's value is multiplied by for each of its corners.
+        slice_weights: (N, C), what the values there are multiplied by for the point; mostly the same.
     """
 
-    blurs: tuple[Blur, ...]
-    before: Tensor
-    after: Tensor
+    kernels: tuple[slice, ...]
+    splat_weights: Tensor
+    slice_weights: Tensor
 
     @abstractmethod
     def splat(self, values: Tensor) -> Tensor:
-        """On each vertex the sum of weight * before * `values` (N, L) over the points that touch it."""
+        """On each vertex the sum of weight * `values` (N, L) over the points that touch it."""
 
     @abstractmethod
     def blur(self, on_vertices: Tensor) -> Tensor:
         """Each vertex plus half of both neighbours, in one direction after the other; may overwrite its argument."""
 
     @abstractmethod
-    def mix(self, on_vertices: Tensor, matrices: Tensor) -> Tensor:
-        """Each kernel's vertices times its matrix, valid until the next call.
+    def mix(self, on_vertices: Tensor, matrices: Tensor, overwrite: bool = False) -> Tensor:
+        """Each kernel's vertices times its matrix, valid until the next call; may `overwrite` its argument.
 
         Filtering acts on pixels and matrices on labels, so compatibility can be applied here, where rows are fewer.
         """
 
     @abstractmethod
     def slice(self, on_vertices: Tensor, energy: Tensor) -> Tensor:
-        """`energy` (N, L), or (1, L) for all, plus each point's sum of weight * after * value over its corners."""
+        """`energy` (N, L), or (1, L) for all, plus each point's sum of weight * value over its corners."""
 
     @abstractmethod
-    def slice_softmax(self, on_vertices: Tensor, energy: Tensor) -> Tensor:
-        """softmax(-slice(...)) over the labels. Here and in `step`, (1, L) on the vertices stands for all of them."""
+    def slice_softmax(self, on_vertices: Tensor, energy: Tensor, overwrite: bool = False) -> Tensor:
+        """softmax(-slice(...)) over the labels; may `overwrite` the energy.
+
+        Here and in `step`, (1, L) on the vertices stands for all of them.
+        """
+
+    @abstractmethod
+    def adjoint(self) -> Self:
+        """The operators' transposes: splat and slice change places, and each blur, symmetric in itself, its order."""
+
+    @abstractmethod
+    def normalized(self, symmetric: bool) -> Self:
+        """Divided by each kernel's norm K_m 1, by its square root on either side if `symmetric`; may use up the old."""
 
     def energy(self, q: Tensor, energy: Tensor, matrices: Tensor) -> Tensor:
         """`energy` (N, L) plus the message sum_m K_m q A_m, with `matrices` A (number of kernels, L, L).
@@ -91,14 +88,18 @@ class Lattice(ABC):
         """softmax(-energy(...)) (N, L): the marginals after one mean-field step."""
         return _Message.apply(q, energy, matrices, self, True)  # pyright: ignore[reportReturnType]
 
-    def infer(self, energy: Tensor, matrices: Tensor, num_iterations: int, normalize: bool) -> Tensor:
+    def infer(
+        self, energy: Tensor, matrices: Tensor, num_iterations: int, normalize: bool, overwrite: bool = False
+    ) -> Tensor:
         """The energies (N, L) after `num_iterations` >= 1 steps from softmax(-energy), with the same `energy` in each.
 
-        With `normalize` their softmax(-...). Differentiable in both. For the backward pass each step keeps its blurred
-        vertices and no pixels: the marginals are computed again.
+        With `normalize` their softmax(-...), which may `overwrite` the energy where no gradient is needed.
+        Differentiable in both. For the backward pass each step keeps its blurred vertices and no pixels: the marginals
+        are computed again.
         """
         keep = torch.is_grad_enabled()
-        return _Inference.apply(energy, matrices, self, num_iterations, normalize, keep)  # pyright: ignore
+        overwrite = overwrite and not keep
+        return _Inference.apply(energy, matrices, self, num_iterations, normalize, keep, overwrite)  # pyright: ignore
 
     def step(self, on_vertices: Tensor, energy: Tensor, out: Tensor | None = None) -> Tensor:
         """splat(slice_softmax(...)), in `out` or in new memory."""
@@ -121,13 +122,7 @@ class Lattice(ABC):
 
     def inner(self, on_vertices: Tensor, other: Tensor) -> Tensor:
         """(number of kernels, L, L) products on_vertices^T other over each kernel's vertices."""
-        runs = [slice(blur.start, blur.stop) for blur in self.blurs]
-        return torch.stack([on_vertices[run].T @ other[run] for run in runs])
-
-    def adjoint(self) -> Self:
-        """The operators' transposes: splat and slice change places, and each blur, symmetric in itself, its order."""
-        blurs = tuple(Blur(start, stop, neighbors.flip(0)) for start, stop, neighbors in self.blurs)
-        return replace(self, blurs=blurs, before=self.after, after=self.before)
+        return torch.stack([on_vertices[kernel].T @ other[kernel] for kernel in self.kernels])
 
 
 class _Message(torch.autograd.Function):
@@ -160,18 +155,26 @@ class _Message(torch.autograd.Function):
 class _Inference(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, energy: Tensor, matrices: Tensor, lattice: Lattice, num_iterations: int, normalize: bool, keep: bool
+        ctx: Any,
+        energy: Tensor,
+        matrices: Tensor,
+        lattice: Lattice,
+        num_iterations: int,
+        normalize: bool,
+        keep: bool,
+        overwrite: bool,
     ) -> Tensor:
-        history = []
+        history, spare = [], None
         on_vertices = lattice.step(mixed := zeros(energy), energy)
         for iteration in range(num_iterations):
             on_vertices = lattice.blur(on_vertices)
-            mixed = lattice.mix(on_vertices, matrices)
+            mixed = lattice.mix(on_vertices, matrices, overwrite=not keep)
             if keep:
                 history.append(on_vertices)
             if iteration < num_iterations - 1:
-                on_vertices = lattice.step(mixed, energy, out=None if keep else on_vertices)
-        result = lattice.slice_softmax(mixed, energy) if normalize else lattice.slice(mixed, energy)
+                on_vertices = lattice.step(mixed, energy, out=spare)
+                spare = None if keep else mixed
+        result = lattice.slice_softmax(mixed, energy, overwrite) if normalize else lattice.slice(mixed, energy)
         ctx.lattice = lattice
         ctx.save_for_backward(energy, matrices, result if normalize else None, *history)
         return result
@@ -191,7 +194,7 @@ class _Inference(torch.autograd.Function):
             grad_on_vertices = adjoint.mix(adjoint.blur(splatted), matrices.mT)
             before = lattice.mix(history[-1], matrices) if history else zeros(energy)
             splatted = lattice.step_backward(before, grad_on_vertices, energy, grad_energy)
-        return grad_energy, grad_matrices, None, None, None, None
+        return grad_energy, grad_matrices, None, None, None, None, None
 
 
 class _Softmax(torch.autograd.Function):
@@ -263,7 +266,12 @@ def build_lattice(
     for kernel in features:
         check_features(kernel)
     lattice = _backend(features[0].device).build(features, ring, lengths or [len(features[0])])
-    return _normalize(lattice, normalization, [kernel.shape[1] for kernel in features])
+    if normalization != "none":
+        return lattice.normalized(symmetric=normalization == "symmetric")
+    # The factors that make one isolated vertex reproduce the volume of the continuous Gaussian.
+    counts = torch.tensor([kernel.shape[1] for kernel in features])
+    factors = (1 / (1 + 0.5 ** counts.double())).repeat_interleave(counts + 1).to(lattice.slice_weights)
+    return replace(lattice, slice_weights=lattice.slice_weights * factors)
 
 
 def check_features(features: Tensor) -> None:
@@ -272,22 +280,6 @@ def check_features(features: Tensor) -> None:
         raise ValueError(f"features: expected shape (N, C) with N, C >= 1, got {tuple(features.shape)}")
     if not torch.isfinite(features).all():
         raise ValueError("features: expected finite values, got NaN or infinity; check the image and the thetas")
-
-
-def _normalize(lattice: Lattice, normalization: Normalization, num_features: Sequence[int]) -> Lattice:
-    """Put the kernels' normalisation into the weights, so that it costs nothing in an iteration."""
-    if normalization == "none":
-        # The factor that makes one isolated vertex reproduce the volume of the continuous Gaussian.
-        scales = [1.0 / (1.0 + 0.5**count) for count in num_features]
-        return replace(lattice, after=lattice.after * lattice.after.new_tensor(scales))
-    blurred = lattice.blur(lattice.splat(lattice.before.new_ones(len(lattice.before), 1)))
-    apart = blurred.new_zeros(len(blurred), len(num_features))  # a column for each kernel: slicing keeps them apart
-    for kernel, blur in enumerate(lattice.blurs):
-        apart[blur.start : blur.stop, kernel] = blurred[blur.start : blur.stop, 0]
-    norm = lattice.slice(apart, zeros(apart)).contiguous()
-    if normalization == "symmetric":
-        return replace(lattice, before=norm.rsqrt(), after=norm.rsqrt())
-    return replace(lattice, after=norm.reciprocal())
 
 
 def deviations(num_features: int, dtype: torch.dtype) -> list[float]:

@@ -7,9 +7,9 @@ numba's cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Lock, local
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -17,10 +17,9 @@ from numba import config as numba_config
 from numba import set_num_threads
 from torch import Tensor
 
-from instseg.crf import build_loops
+from instseg.crf import build_loops, softmax_loops
 from instseg.crf import filter_loops as loops
-from instseg.crf.filter_loops import Corners
-from instseg.crf.lattice import Blur, Lattice, deviations, key_layout, slices
+from instseg.crf.lattice import Lattice, deviations, key_layout, slices
 from instseg.crf.simd import LANES
 
 _BAND = 1 << 15  # pixels of a band at most: fewer share less with their neighbours, more leave threads idle
@@ -31,47 +30,48 @@ _LOCK = Lock()
 
 @dataclass(frozen=True)
 class NumbaLattice(Lattice):
-    """A lattice whose pixels come in bands, each with rows of its own to splat to.
+    """A lattice whose pixels come in bands, which splat to rows of their own; see `filter_loops`.
+
+    Values on the vertices are (R, L), a row for each vertex and the spilled rows behind them.
 
     Attributes:
-        corners: Where pixels read and write.
-        row_offsets: (M+1,) int32, where each vertex's run of bands' rows starts.
-        rows: (R,) int32, the bands' rows of vertex 0, then those of vertex 1, ...
+        first_columns: (K+1,) int64, where the corners of each kernel start.
+        bands: (B+1,) int64, where each band of pixels starts.
+        runs: (B, 2K, 2) int64, from where to where each band's own rows go: vertices and spilled rows of each kernel.
+        rows: (N, C) int32, to which row each point adds for each corner of its simplices.
+        vertex_of_row: (R,) int32.
+        offsets: (M+1,) int32, where each vertex's run of spilled rows starts.
+        spilled: (R - M,) int32, the spilled rows of vertex 0, then those of vertex 1, ...
+        chains: For each direction, of all kernels, a list of rows next to each other.
     """
 
-    corners: Corners
-    row_offsets: np.ndarray
+    first_columns: np.ndarray
+    bands: np.ndarray
+    runs: np.ndarray
     rows: np.ndarray
+    vertex_of_row: np.ndarray
+    offsets: np.ndarray
+    spilled: np.ndarray
+    chains: tuple[np.ndarray, ...]
     _memory: local = field(init=False, default_factory=local, compare=False, repr=False)
 
     def splat(self, values: Tensor) -> Tensor:  # noqa: D102 (the base class says it)
-        sums = _rows(self._scratch("sums", len(self.rows), values.shape[1], values))
-        arrays = *self.corners, self.before.numpy(), _rows(values), sums
-        _run(loops.scatter, loops.parallel_scatter, self._bands(), *arrays)
-        return self._combine(sums, empty_rows(len(self.row_offsets), values.shape[1], values))
+        sums = empty_rows(len(self.vertex_of_row), values.shape[1], values)
+        arrays = self.bands, self.runs, self.rows, self.splat_weights.numpy(), _rows(values), _rows(sums)
+        _run(loops.scatter, loops.parallel_scatter, self._band_parts(), *arrays)
+        return self._combine(sums)
 
     def blur(self, on_vertices: Tensor) -> Tensor:  # noqa: D102
-        first, second = (
-            _rows(on_vertices),
-            _rows(self._scratch("blur", len(on_vertices), on_vertices.shape[1], on_vertices)),
-        )
-        second[-1] = 0
-        for start, stop, neighbors in self.blurs:
-            source, target = first, second
-            bounds = start + _even_bounds(stop - start, first.shape[1])
-            for before, after in neighbors.numpy():
-                _run(loops.blur, loops.parallel_blur, bounds, start, before, after, source, target)
-                source, target = target, source
-            if source is second:
-                first[start:stop] = second[start:stop]
+        values = _rows(on_vertices)
+        for chains in self.chains:
+            _run(loops.blur, loops.parallel_blur, _even_bounds(len(chains), values.shape[1]), chains, values)
         return on_vertices
 
-    def mix(self, on_vertices: Tensor, matrices: Tensor) -> Tensor:  # noqa: D102
+    def mix(self, on_vertices: Tensor, matrices: Tensor, overwrite: bool = False) -> Tensor:  # noqa: D102
         # Not torch's product: its threads spin for milliseconds after it, where ours should run.
-        mixed = self._scratch("mix", len(on_vertices), on_vertices.shape[1], on_vertices)
-        _rows(mixed)[-1] = 0
-        for (start, stop, _), matrix in zip(self.blurs, matrices, strict=True):
-            bounds = start + _even_bounds(stop - start, on_vertices.shape[1])
+        mixed = on_vertices if overwrite else self._scratch("mix", on_vertices)
+        for kernel, matrix in zip(self.kernels, matrices, strict=True):
+            bounds = kernel.start + _even_bounds(kernel.stop - kernel.start, on_vertices.shape[1])
             factors = _rank_one_and_diagonal(matrix)
             if factors is None:
                 _run(loops.mix, loops.parallel_mix, bounds, *map(_rows, (on_vertices, matrix, mixed)))
@@ -80,29 +80,41 @@ class NumbaLattice(Lattice):
                 _run(loops.mix_rank_one, loops.parallel_mix_rank_one, bounds, *arrays)
         return mixed
 
+    def inner(self, on_vertices: Tensor, other: Tensor) -> Tensor:
+        """As the base class says, in an order that does not depend on the number of threads."""
+        left, right = _rows(on_vertices), _rows(other)
+        num_labels = other.shape[1]
+        products = other.new_empty(len(self.kernels), num_labels, num_labels)
+        for kernel, product in zip(self.kernels, products, strict=True):
+            num_chunks = -(-(kernel.stop - kernel.start) // loops.CHUNK)
+            sums = np.empty((num_chunks, num_labels, left.shape[1]), left.dtype)
+            arrays = kernel.start, kernel.stop, left, right, sums
+            _run(loops.inner, loops.parallel_inner, _parts(num_chunks), *arrays)
+            product.numpy()[:] = sums.sum(0)[:, :num_labels]
+        return products
+
     def slice(self, on_vertices: Tensor, energy: Tensor) -> Tensor:  # noqa: D102
-        out = empty_rows(len(self.before), energy.shape[1], energy)
-        arrays = *self.corners, self.after.numpy(), *map(_rows, (on_vertices, energy, out))
-        _run(loops.slice_rows, loops.parallel_slice_rows, self._bands(), *arrays)
+        out = empty_rows(len(self.rows), energy.shape[1], energy)
+        bounds = _even_bounds(len(self.rows), energy.shape[1])
+        _run(loops.slice_rows, loops.parallel_slice_rows, bounds, *self._to_slice(on_vertices, energy), _rows(out))
         return out
 
-    def slice_softmax(self, on_vertices: Tensor, energy: Tensor) -> Tensor:  # noqa: D102
+    def slice_softmax(self, on_vertices: Tensor, energy: Tensor, overwrite: bool = False) -> Tensor:  # noqa: D102
         if energy.dtype != torch.float32:  # the compiled exponential is a float32 one
             return (-self.slice(on_vertices, energy)).softmax(1)
-        out = _rows_like(energy)
-        arrays = *self.corners, self.after.numpy(), *map(_rows, (on_vertices, energy, out))
-        _run(loops.slice_softmax, loops.parallel_slice_softmax, self._bands(), energy.shape[1], *arrays)
+        out = energy if overwrite else empty_rows(len(self.rows), energy.shape[1], energy)
+        arrays = energy.shape[1], *self._to_slice(on_vertices, energy), _rows(out)
+        _run(loops.slice_softmax, loops.parallel_slice_softmax, _even_bounds(len(self.rows), energy.shape[1]), *arrays)
         return out
 
     def step(self, on_vertices: Tensor, energy: Tensor, out: Tensor | None = None) -> Tensor:
         """As the base class says, in one pass over the pixels."""
         if energy.dtype != torch.float32:
             return super().step(on_vertices, energy)
-        sums = _rows(self._scratch("sums", len(self.rows), energy.shape[1], energy))
-        arrays = *self.corners, self.after.numpy(), *map(_rows, (on_vertices, energy)), self.before.numpy(), sums
-        bounds = self._bands()
-        _run(loops.slice_softmax_scatter, loops.parallel_slice_softmax_scatter, bounds, energy.shape[1], *arrays)
-        return self._combine(sums, empty_rows(len(self.row_offsets), energy.shape[1], energy) if out is None else out)
+        sums = empty_rows(len(self.vertex_of_row), energy.shape[1], energy) if out is None else out
+        arrays = *self._to_slice(on_vertices, energy), self.splat_weights.numpy(), _rows(sums)
+        _run(loops.step, loops.parallel_step, self._band_parts(), energy.shape[1], self.bands, self.runs, *arrays)
+        return self._combine(sums)
 
     def step_backward(
         self, on_vertices: Tensor, grad_on_vertices: Tensor, energy: Tensor, grad_energy: Tensor
@@ -110,72 +122,94 @@ class NumbaLattice(Lattice):
         """As the base class says, in one pass over the pixels."""
         if energy.dtype != torch.float32:
             return super().step_backward(on_vertices, grad_on_vertices, energy, grad_energy)
-        sums = _rows(self._scratch("sums", len(self.rows), energy.shape[1], energy))
-        forward = self.after.numpy(), *map(_rows, (on_vertices, energy))
-        backward = self.before.numpy(), *map(_rows, (grad_on_vertices, grad_energy)), sums
-        arrays = energy.shape[1], *self.corners, *forward, *backward
-        _run(loops.step_backward, loops.parallel_step_backward, self._bands(), *arrays)
-        return self._combine(
-            sums, self._scratch("splat", len(grad_on_vertices), grad_on_vertices.shape[1], grad_on_vertices)
+        sums = self._scratch("splat", grad_on_vertices)
+        backward = self.splat_weights.numpy(), *map(_rows, (grad_on_vertices, grad_energy, sums))
+        arrays = energy.shape[1], self.bands, self.runs, *self._to_slice(on_vertices, energy), *backward
+        _run(loops.step_backward, loops.parallel_step_backward, self._band_parts(), *arrays)
+        return self._combine(sums)
+
+    def adjoint(self) -> Self:  # noqa: D102
+        return replace(
+            self, splat_weights=self.slice_weights, slice_weights=self.splat_weights, chains=self.chains[::-1]
         )
 
-    def _combine(self, sums: np.ndarray, on_vertices: Tensor) -> Tensor:
-        out = _rows(on_vertices)
-        out[-1] = 0
-        bounds = _even_bounds(len(out) - 1, out.shape[1])
-        _run(loops.combine, loops.parallel_combine, bounds, self.row_offsets, self.rows, sums, out)
-        return on_vertices
+    def normalized(self, symmetric: bool) -> Self:  # noqa: D102
+        norms = self.blur(self.splat(self.splat_weights.new_ones(1, 1).expand(len(self.rows), 1)))
+        weights = self.slice_weights if symmetric else self.slice_weights.clone()
+        arrays = self.rows, self.vertex_of_row, self.first_columns, _rows(norms), symmetric, weights.numpy()
+        bounds = _even_bounds(len(self.rows), self.rows.shape[1])
+        _run(build_loops.normalize, build_loops.parallel_normalize, bounds, *arrays)
+        return replace(self, splat_weights=weights if symmetric else self.splat_weights, slice_weights=weights)
 
-    def _scratch(self, name: str, num_rows: int, num_labels: int, like: Tensor) -> Tensor:
+    def _to_slice(self, on_vertices: Tensor, energy: Tensor) -> tuple[np.ndarray, ...]:
+        return self.rows, self.vertex_of_row, self.slice_weights.numpy(), _rows(on_vertices), _rows(energy)
+
+    def _combine(self, sums: Tensor) -> Tensor:
+        bounds = _even_bounds(len(self.offsets) - 1, sums.shape[1])
+        _run(loops.combine, loops.parallel_combine, bounds, self.offsets, self.spilled, _rows(sums))
+        return sums
+
+    def _scratch(self, name: str, like: Tensor) -> Tensor:
         """`empty_rows` that this thread's next call with the name overwrites: large memory is slow to get."""
         memory = self._memory.__dict__
-        key = name, num_rows, num_labels, like.dtype
+        key = like.shape[1], like.dtype
         if memory.get(name, (None,))[0] != key:
-            memory[name] = key, empty_rows(num_rows, num_labels, like)
+            memory[name] = key, empty_rows(len(self.vertex_of_row), like.shape[1], like)
         return memory[name][1]
 
-    def _bands(self) -> np.ndarray:
-        return _band_parts(len(self.corners.bands) - 1)
+    def _band_parts(self) -> np.ndarray:
+        return _parts(len(self.bands) - 1)
 
 
 def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> NumbaLattice:
     """The lattice without normalisation, vertices numbered in the order in which pixels touch them."""
     num_corners = [kernel.shape[1] + 1 for kernel in features]
-    num_points, num_columns = len(features[0]), sum(num_corners)
-    weights = empty((num_points, num_columns), features[0])
-    vertices = empty((num_points, num_columns), features[0], torch.int32).numpy()
+    weights = empty((len(features[0]), sum(num_corners)), features[0])
+    rows = empty(weights.shape, features[0], torch.int32).numpy()
     bands = _band_bounds(lengths)
-    num_rows = np.zeros(len(bands) - 1, np.int64)  # of each band, so far
-    vertex_of_row: list[list[np.ndarray]] = [[] for _ in num_rows]
-    blurs: list[Blur] = []
-    for kernel, columns in zip(features, slices(num_corners), strict=True):
-        start = stop = blurs[-1].stop if blurs else 0
-        neighbors = []
+    runs = np.empty((len(bands) - 1, 2 * len(features), 2), np.int64)
+    kernels, numbered = [], []
+    chains: list[list[np.ndarray]] = [[] for _ in range(max(num_corners))]
+    spilled: list[np.ndarray] = []  # the vertices of spilled rows
+    stop = num_spilled = 0
+    for index, (kernel, columns) in enumerate(zip(features, slices(num_corners), strict=True)):
+        start = stop
         for image in slices(lengths):
-            parts = range(*np.searchsorted(bands, (image.start, image.stop)))
-            keys, steps = _embed(kernel[image], weights.numpy()[image, columns])
-            views = keys, bands[parts.start : parts.stop + 1] - image.start, vertices[image, columns]
-            of_bands, counts = _number_vertices(*views, num_rows[parts.start : parts.stop])
-            capacity = len(of_bands) * (1 + 2 * len(steps) * ring)
-            table, unique, count, numbers = build_loops.merge_vertices(of_bands, capacity)
-            for band, run in zip(parts, slices(counts.tolist()), strict=True):
-                vertex_of_row[band].append(numbers[run] + np.int32(stop))
+            own = slice(*np.searchsorted(bands, (image.start, image.stop)))
+            image_bands = bands[own.start : own.stop + 1] - image.start
+            views = weights.numpy()[image, columns], rows[image, columns]
+            keys, counts, steps = _number_corners(kernel[image], image_bands, *views)
+            capacity = int(counts.sum()) * (1 + 2 * len(steps) * ring)
+            table, unique, firsts, numbers = build_loops.merge_bands(keys, counts, capacity)
+            spilled.append(np.empty(len(numbers), np.int32))
+            bounds = build_loops.place_rows(numbers, counts, firsts, stop, num_spilled, spilled[-1])
+            spilled[-1] = spilled[-1][: bounds[-1] - num_spilled]
             if ring:
-                table, count = build_loops.add_ring(steps, table, unique, count)
-            neighbors.append(_find_neighbors(steps, table, unique, count, stop))
-            stop += count
-        blurs.append(Blur(start, stop, torch.cat(neighbors, 2) if len(neighbors) > 1 else neighbors[0]))
-    of_row = np.concatenate([numbers for band in vertex_of_row for numbers in band])
-    first_rows = np.concatenate([[0], np.cumsum(num_rows)])
-    kernel_of_column = np.repeat(np.arange(len(features)), num_corners)
-    ones = features[0].new_ones(num_points, len(features))
+                table, firsts[-1] = build_loops.add_ring(steps, table, unique, firsts[-1])
+            for run, ends in enumerate((stop + firsts, bounds), 2 * index):
+                runs[own, run] = np.stack([ends[:-1], ends[1:]], 1)
+            for chain, found in zip(chains, _find_chains(steps, table, unique[: firsts[-1]], stop), strict=False):
+                chain.append(found)
+            numbered.append((image_bands, np.cumsum(counts) - counts, numbers, views[1]))
+            stop, num_spilled = stop + int(firsts[-1]), bounds[-1]
+        kernels.append(slice(start, stop))
+    for image_bands, *arrays, corners in numbered:
+        parts = _parts(len(image_bands) - 1)
+        _run(build_loops.renumber, build_loops.parallel_renumber, parts, image_bands, *arrays, stop, corners)
+    runs[:, 1::2] += stop
+    vertex_of_spilled = np.concatenate(spilled)
     return NumbaLattice(
-        blurs=tuple(blurs),
-        before=ones,
-        after=ones,
-        corners=Corners(bands, first_rows, of_row, kernel_of_column, vertices, weights.numpy()),
-        row_offsets=np.concatenate([[0], np.bincount(of_row, minlength=blurs[-1].stop).cumsum()]).astype(np.int32),
-        rows=np.argsort(of_row, kind="stable").astype(np.int32),
+        kernels=tuple(kernels),
+        splat_weights=weights,
+        slice_weights=weights,
+        first_columns=np.cumsum([0, *num_corners]),
+        bands=bands,
+        runs=runs,
+        rows=rows,
+        vertex_of_row=np.concatenate([np.arange(stop, dtype=np.int32), vertex_of_spilled]),
+        offsets=np.concatenate([[0], np.bincount(vertex_of_spilled, minlength=stop).cumsum()]).astype(np.int32),
+        spilled=(stop + np.argsort(vertex_of_spilled, kind="stable")).astype(np.int32),
+        chains=tuple(np.concatenate(chain) for chain in chains),
     )
 
 
@@ -184,21 +218,18 @@ def softmax(energy: Tensor) -> Tensor:
     if energy.dtype != torch.float32:
         return (-energy).softmax(1)
     out = _rows_like(energy)
-    _run(
-        loops.softmax,
-        loops.parallel_softmax,
-        _even_bounds(len(energy), energy.shape[1]),
-        out.shape[1],
-        *map(_rows, (energy, out)),
-    )
+    bounds = _even_bounds(len(energy), energy.shape[1])
+    arrays = energy.shape[1], *map(_rows, (energy, out))
+    _run(softmax_loops.softmax, softmax_loops.parallel_softmax, bounds, *arrays)
     return out
 
 
 def softmax_backward(q: Tensor, grad: Tensor) -> Tensor:
     """As `lattice_torch.softmax_backward`."""
     out = _rows_like(q)
-    arrays = map(_rows, (q, grad, out))
-    _run(loops.softmax_backward, loops.parallel_softmax_backward, _even_bounds(len(q), q.shape[1]), q.shape[1], *arrays)
+    bounds = _even_bounds(len(q), q.shape[1])
+    arrays = q.shape[1], *map(_rows, (q, grad, out))
+    _run(softmax_loops.softmax_backward, softmax_loops.parallel_softmax_backward, bounds, *arrays)
     return out
 
 
@@ -223,16 +254,33 @@ def copy_rows(values: Tensor) -> Tensor:
     return rows
 
 
-def _embed(features: Tensor, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Fill in the barycentric coordinates; each corner's key (N, C+1) and the step in keys of each direction."""
-    num_points, num_features = features.shape
+def _number_corners(
+    features: Tensor, bands: np.ndarray, weights: np.ndarray, numbers: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Fill in the barycentric coordinates, and the corners' numbers in their band.
+
+    Returns:
+        The distinct keys of each band (B, room), how many they are (B,), and the step in keys of each direction.
+    """
+    num_features, num_bands = features.shape[1], len(bands) - 1
     low, strides = key_layout(features)
     scales = torch.tensor(deviations(num_features, features.dtype), dtype=features.dtype)
-    keys = empty((num_points, num_features + 1), strides).numpy()
+    keys = np.empty((num_bands, int(np.diff(bands).max()) * (num_features + 1)), np.int64)  # mostly never touched
+    counts = np.empty(num_bands, np.int64)
     arrays = (tensor.numpy() for tensor in (features.contiguous(), scales, low, strides))
-    _run(build_loops.embed, build_loops.parallel_embed, _even_bounds(len(keys), keys.shape[1]), *arrays, weights, keys)
+    outputs = weights, numbers, keys, counts
+    _run(build_loops.number_corners, build_loops.parallel_number_corners, _parts(num_bands), bands, *arrays, *outputs)
     steps = strides.sum() - (num_features + 1) * torch.cat([strides, strides.new_zeros(1)])
-    return keys, steps.numpy()
+    return keys, counts, steps.numpy()
+
+
+def _find_chains(steps: np.ndarray, table: Any, unique: np.ndarray, first_vertex: int) -> list[np.ndarray]:
+    """The chains of each direction, see `filter_loops.blur`."""
+    chains = np.empty((len(steps), len(unique)), np.int32)
+    lengths = np.empty(len(steps), np.int64)
+    arrays = steps, *table, unique, first_vertex, chains, lengths
+    _run(build_loops.find_chains, build_loops.parallel_find_chains, _parts(len(steps)), *arrays)
+    return [chain[:length] for chain, length in zip(chains, lengths, strict=True)]
 
 
 def _rank_one_and_diagonal(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -248,29 +296,6 @@ def _rank_one_and_diagonal(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor] | No
     return None
 
 
-def _number_vertices(keys: np.ndarray, bands: np.ndarray, vertices: np.ndarray, num_rows: np.ndarray) -> Any:
-    """Number each band's keys by themselves, after the `num_rows` (B,) that it has, which move on; then all bands'.
-
-    Returns:
-        The distinct keys of all bands, one band after the other, and how many each band has.
-    """
-    num_bands = len(num_rows)
-    unique = np.empty((num_bands, int(np.diff(bands).max()) * keys.shape[1]), np.int64)  # room, mostly never touched
-    counts = np.empty(num_bands, np.int64)
-    arrays = bands, num_rows.copy(), keys, vertices, unique, counts
-    _run(build_loops.number_vertices, build_loops.parallel_number_vertices, _band_parts(num_bands), *arrays)
-    num_rows += counts
-    return np.concatenate([of_band[:count] for of_band, count in zip(unique, counts, strict=True)]), counts
-
-
-def _find_neighbors(steps: np.ndarray, table: Any, unique: np.ndarray, count: int, first_vertex: int) -> Tensor:
-    neighbors = empty((len(steps), 2, count), torch.empty(0, dtype=torch.int32))
-    arrays = steps, *table, unique, first_vertex, neighbors.numpy()
-    bounds = _even_bounds(count, 2 * len(steps))
-    _run(build_loops.find_neighbors, build_loops.parallel_find_neighbors, bounds, *arrays)
-    return neighbors
-
-
 def _band_bounds(lengths: Sequence[int]) -> np.ndarray:
     """Where bands of pixels start and stop: equal parts of each image, however many threads there are."""
     bounds = []
@@ -281,9 +306,9 @@ def _band_bounds(lengths: Sequence[int]) -> np.ndarray:
     return np.concatenate([*bounds, [sum(lengths)]]).astype(np.int64)
 
 
-def _band_parts(num_bands: int) -> np.ndarray:
-    """Bands in equal parts, one for each thread of torch."""
-    return np.linspace(0, num_bands, min(num_bands, torch.get_num_threads()) + 1).round().astype(np.int64)
+def _parts(count: int) -> np.ndarray:
+    """Where equal parts of a few large things start and stop, one for each thread of torch."""
+    return np.linspace(0, count, min(count, torch.get_num_threads()) + 1).round().astype(np.int64)
 
 
 def _even_bounds(num_rows: int, row_length: int) -> np.ndarray:

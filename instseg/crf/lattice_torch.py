@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from instseg.crf.lattice import Blur, Lattice, deviations, key_layout, slices
+from instseg.crf.lattice import Lattice, deviations, key_layout, slices, zeros
 
 
 @dataclass(frozen=True)
 class TorchLattice(Lattice):
     """Splatting gathers too, from lists of points sorted by vertex, so that sums have one order on any device.
 
+    Values on the vertices are (M+1, L): the last row is 0 and stands for absent neighbours.
+
     Attributes:
+        neighbors: For each kernel (C_m+1, 2, M_m), both neighbours of each vertex in each direction; -1 for none.
         vertices: (N, C) int32, the corners of the simplices that enclose each point, kernel by kernel.
-        weights: (N, C), its barycentric coordinates in them.
         order: (N*C,) int64, positions in the flat `vertices`, by vertex, then by point.
         offsets: (M,) int64, where each vertex's run in `order` starts.
-        kernel_of_column: (C,) int64, to which kernel each corner belongs.
     """
 
+    neighbors: tuple[Tensor, ...]
     vertices: Tensor
-    weights: Tensor
     order: Tensor
     offsets: Tensor
-    kernel_of_column: Tensor
 
     def splat(self, values: Tensor) -> Tensor:  # noqa: D102 (the base class says it)
-        weights = (self.weights * self.before[:, self.kernel_of_column]).flatten()[self.order]
+        weights = self.splat_weights.flatten()[self.order]
         points = self.order // self.vertices.shape[1]
         on_vertices = values.new_zeros(len(self.offsets) + 1, values.shape[1])
         on_vertices[:-1] = embedding_bag(points, values, self.offsets, mode="sum", per_sample_weights=weights)
@@ -39,24 +40,41 @@ class TorchLattice(Lattice):
 
     def blur(self, on_vertices: Tensor) -> Tensor:  # noqa: D102
         on_vertices = on_vertices.clone()
-        for start, stop, neighbors in self.blurs:
+        for kernel, neighbors in zip(self.kernels, self.neighbors, strict=True):
             for before, after in neighbors.long():  # -1 is the last row
-                on_vertices[start:stop] += 0.5 * (on_vertices[before] + on_vertices[after])
+                on_vertices[kernel] += 0.5 * (on_vertices[before] + on_vertices[after])
         return on_vertices
 
-    def mix(self, on_vertices: Tensor, matrices: Tensor) -> Tensor:  # noqa: D102
+    def mix(self, on_vertices: Tensor, matrices: Tensor, overwrite: bool = False) -> Tensor:  # noqa: D102
+        del overwrite
         mixed = torch.zeros_like(on_vertices)
-        for (start, stop, _), matrix in zip(self.blurs, matrices, strict=True):
-            torch.mm(on_vertices[start:stop], matrix, out=mixed[start:stop])
+        for kernel, matrix in zip(self.kernels, matrices, strict=True):
+            torch.mm(on_vertices[kernel], matrix, out=mixed[kernel])
         return mixed
 
     def slice(self, on_vertices: Tensor, energy: Tensor) -> Tensor:  # noqa: D102
-        weights = self.weights * self.after[:, self.kernel_of_column]
         on_vertices = on_vertices.expand(len(self.offsets) + 1, -1).contiguous()
-        return energy + embedding_bag(self.vertices, on_vertices, mode="sum", per_sample_weights=weights)
+        return energy + embedding_bag(self.vertices, on_vertices, mode="sum", per_sample_weights=self.slice_weights)
 
-    def slice_softmax(self, on_vertices: Tensor, energy: Tensor) -> Tensor:  # noqa: D102
+    def slice_softmax(self, on_vertices: Tensor, energy: Tensor, overwrite: bool = False) -> Tensor:  # noqa: D102
+        del overwrite
         return softmax(self.slice(on_vertices, energy))
+
+    def adjoint(self) -> Self:  # noqa: D102
+        neighbors = tuple(neighbors.flip(0) for neighbors in self.neighbors)
+        return replace(self, neighbors=neighbors, splat_weights=self.slice_weights, slice_weights=self.splat_weights)
+
+    def normalized(self, symmetric: bool) -> Self:  # noqa: D102
+        blurred = self.blur(self.splat(self.splat_weights.new_ones(len(self.splat_weights), 1)))
+        apart = blurred.new_zeros(len(blurred), len(self.kernels))  # a column for each: slicing keeps them apart
+        for column, kernel in enumerate(self.kernels):
+            apart[kernel, column] = blurred[kernel, 0]
+        norm = self.slice(apart, zeros(apart))
+        factors = norm.rsqrt() if symmetric else norm.reciprocal()
+        num_corners = torch.tensor([len(neighbors) for neighbors in self.neighbors], device=norm.device)
+        slice_weights = self.slice_weights * factors.repeat_interleave(num_corners, 1)
+        splat_weights = slice_weights if symmetric else self.splat_weights
+        return replace(self, splat_weights=splat_weights, slice_weights=slice_weights)
 
 
 def softmax(energy: Tensor) -> Tensor:
@@ -76,7 +94,7 @@ def copy_rows(values: Tensor) -> Tensor:
 
 def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> TorchLattice:
     """The lattice without normalisation."""
-    corners, blurs = [], []
+    corners, kernels, all_neighbors = [], [], []
     stop = 0
     for kernel in features:
         start, built = stop, []
@@ -85,21 +103,18 @@ def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> Tor
             stop += built[-1][2].shape[2]
         vertices, weights, neighbors = zip(*built, strict=True)
         corners.append((torch.cat(vertices), torch.cat(weights)))
-        blurs.append(Blur(start, stop, torch.cat(neighbors, 2)))
+        kernels.append(slice(start, stop))
+        all_neighbors.append(torch.cat(neighbors, 2))
     vertices, weights = (torch.cat(columns, 1) for columns in zip(*corners, strict=True))
     counts = torch.bincount(vertices.flatten(), minlength=stop)
-    kernel = torch.arange(len(features), device=vertices.device)
-    num_corners = torch.tensor([kernel.shape[1] + 1 for kernel in features], device=vertices.device)
-    ones = weights.new_ones(len(weights), len(features))
     return TorchLattice(
-        blurs=tuple(blurs),
-        before=ones,
-        after=ones,
+        kernels=tuple(kernels),
+        splat_weights=weights,
+        slice_weights=weights,
+        neighbors=tuple(all_neighbors),
         vertices=vertices,
-        weights=weights,
         order=vertices.flatten().sort(stable=True)[1],
         offsets=counts.cumsum(0) - counts,
-        kernel_of_column=kernel.repeat_interleave(num_corners),
     )
 
 

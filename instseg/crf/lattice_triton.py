@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from instseg.crf import lattice_torch
-from instseg.crf.lattice import Blur
 from instseg.crf.lattice_torch import TorchLattice
 
 _TILE = 1024  # elements of a program's tile; a power of two
@@ -43,7 +42,7 @@ class Level(NamedTuple):
 class TritonLattice(TorchLattice):
     """A torch lattice with `vertices` and `neighbors` in int32, applied by kernels.
 
-    What depends on `before` and `after` is computed when first needed, since `replace` changes these.
+    What depends on the weights is computed when first needed, since `replace` changes these.
 
     Attributes:
         points: (N*C,) int32, the point of each entry of `order`.
@@ -58,7 +57,7 @@ class TritonLattice(TorchLattice):
         source = values.contiguous()
         for index, level in enumerate(self.levels):
             partial = values.new_empty(level.num_partials, values.shape[1])
-            arrays = level.bounds, level.targets, self.points, self._splat_weights, source, on_vertices, partial
+            arrays = level.bounds, level.targets, self.points, self._sorted_weights, source, on_vertices, partial
             _launch(_add_chunks, len(level.targets), values.shape[1], *arrays, WEIGHTED=index == 0)
             source = partial
         return on_vertices
@@ -66,19 +65,20 @@ class TritonLattice(TorchLattice):
     def blur(self, on_vertices: Tensor) -> Tensor:  # noqa: D102
         first = on_vertices.contiguous()
         second = torch.empty_like(first)
-        for start, stop, neighbors in self.blurs:
+        for kernel, neighbors in zip(self.kernels, self.neighbors, strict=True):
             source, target = first, second
             for pair in neighbors:
-                _launch(_blur, stop - start, first.shape[1], pair, source, target, start)
+                _launch(_blur, kernel.stop - kernel.start, first.shape[1], pair, source, target, kernel.start)
                 source, target = target, source
             if source is second:
-                first[start:stop] = second[start:stop]
+                first[kernel] = second[kernel]
         return first
 
     def slice(self, on_vertices: Tensor, energy: Tensor) -> Tensor:  # noqa: D102
         return self._slice(on_vertices, energy, normalize=False)
 
-    def slice_softmax(self, on_vertices: Tensor, energy: Tensor) -> Tensor:  # noqa: D102
+    def slice_softmax(self, on_vertices: Tensor, energy: Tensor, overwrite: bool = False) -> Tensor:  # noqa: D102
+        del overwrite
         if energy.shape[1] > _TILE:
             return softmax(self.slice(on_vertices, energy))
         return self._slice(on_vertices, energy, normalize=True)
@@ -89,19 +89,15 @@ class TritonLattice(TorchLattice):
 
     def _slice(self, on_vertices: Tensor, energy: Tensor, normalize: bool) -> Tensor:
         out = energy.new_empty(len(self.vertices), energy.shape[1])
-        arrays = self.vertices, self._slice_weights, on_vertices.contiguous(), energy.contiguous(), out
+        arrays = self.vertices, self.slice_weights, on_vertices.contiguous(), energy.contiguous(), out
         strides = [rows.shape[1] if len(rows) > 1 else 0 for rows in (on_vertices, energy)]  # one row stands for all
         constants = {"NUM_CORNERS": self.vertices.shape[1], "NORMALIZE": normalize}
         _launch(_slice, *out.shape, *arrays, *strides, **constants)
         return out
 
     @cached_property
-    def _splat_weights(self) -> Tensor:
-        return (self.weights * self.before[:, self.kernel_of_column]).flatten()[self.order]
-
-    @cached_property
-    def _slice_weights(self) -> Tensor:
-        return (self.weights * self.after[:, self.kernel_of_column]).contiguous()
+    def _sorted_weights(self) -> Tensor:
+        return self.splat_weights.flatten()[self.order]
 
     @cached_property
     def _adjoint(self) -> TritonLattice:
@@ -113,7 +109,7 @@ def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> Tri
     built = lattice_torch.build(features, ring, lengths)
     ends = built.offsets.new_full((2,), len(built.order))  # the last row's run is empty, which makes it 0
     fields = vars(built) | {
-        "blurs": tuple(Blur(start, stop, neighbors.int()) for start, stop, neighbors in built.blurs),
+        "neighbors": tuple(neighbors.int() for neighbors in built.neighbors),
         "vertices": built.vertices.int().contiguous(),
         "points": (built.order // built.vertices.shape[1]).int(),
         "levels": tuple(_levels(torch.diff(built.offsets, append=ends))),

@@ -10,12 +10,17 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import extending, types
+from numba import extending, njit, types
 from numba.core import cgutils
 
 intrinsic: Any = extending.intrinsic  # its type says nothing of the function it makes
 LANES = 8
 _FLAGS = ("contract", "nnan", "ninf", "nsz")
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Numba's compiler, with its cache on disk."""
+    return njit(nogil=True, cache=True, **options)
 
 
 class Vector(types.Type):
@@ -58,6 +63,17 @@ def load(typing_context: Any, array: Any, index: Any) -> Any:
         return builder.load(pointer, align=array.dtype.bitwidth // 8)
 
     return Vector(array.dtype)(array, types.intp), generate
+
+
+@intrinsic
+def element(typing_context: Any, array: Any, index: Any) -> Any:
+    """array.flat[index] of a C-contiguous array, without the test for an index that counts from the end."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(array)(context, builder, arguments[0]).data
+        return builder.load(cgutils.gep(builder, data, arguments[1]))
+
+    return array.dtype(array, types.intp), generate
 
 
 @intrinsic

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from instseg.crf import lattice as lattice_module
 from instseg.crf import lattice_torch
-from instseg.crf.lattice import Blur, Lattice, build_lattice, zeros
+from instseg.crf.lattice import Lattice, build_lattice, zeros
 from instseg.crf.lattice_torch import TorchLattice
 from tests.crf.test_lattice import both, message, positions, random_values
 
@@ -60,9 +61,8 @@ def built(monkeypatch):
     def build(*arguments, **options) -> tuple[Any, TorchLattice]:
         lattice = build_lattice(*arguments, **options)
         assert isinstance(lattice, lattice_triton.TritonLattice)
-        blurs = tuple(Blur(start, stop, neighbors.cpu()) for start, stop, neighbors in lattice.blurs)
-        tensors = {field.name: getattr(lattice, field.name) for field in fields(TorchLattice) if field.name != "blurs"}
-        return lattice, TorchLattice(blurs=blurs, **{name: tensor.cpu() for name, tensor in tensors.items()})
+        values = {field.name: getattr(lattice, field.name) for field in fields(TorchLattice)}
+        return lattice, TorchLattice(**tree_map_only(torch.Tensor, torch.Tensor.cpu, values))
 
     if INTERPRETED:
         monkeypatch.setattr(lattice_module, "_backend", lambda device: lattice_triton)
@@ -216,7 +216,7 @@ def test_two_runs_are_equal_bit_for_bit(built):
         inputs = [random_values(*shape, seed=seed).float().to(DEVICE) for seed, shape in enumerate(shapes)]
         inputs = [tensor.requires_grad_() for tensor in inputs]
         result = lattice.update(*inputs) + lattice.infer(*inputs[1:], 3, normalize=True)
-        return [lattice.after, result, *torch.autograd.grad((result * result).sum(), inputs)]
+        return [lattice.slice_weights, result, *torch.autograd.grad((result * result).sum(), inputs)]
 
     assert all(torch.equal(*pair) for pair in zip(run(), run(), strict=True))
 
