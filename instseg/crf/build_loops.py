@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from instseg.crf.simd import compiled
+from instseg.crf.simd import compiled, element, prefetch
 
 _EMPTY = np.int64(-1)  # keys are not negative
+_AHEAD = 16  # keys by which memory is asked for in advance
 _BLOCK = 128  # points that a loop carries through all its steps in the first-level cache
 
 
@@ -93,36 +94,44 @@ def _embed(first, n, features, scales, low, strides, buffers, weights, keys):
 
 
 @compiled()
-def _find(key, keys):
-    """The slot of an open-addressing table that holds `key`, or the empty one where it belongs."""
+def _home(key, table):
+    """The slot of `table` from which a key is searched."""
     mixed = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
-    mask = np.int64(len(keys) - 1)
-    slot = np.int64((mixed ^ (mixed >> np.uint64(32))) & np.uint64(mask))
-    while keys[slot] != key and keys[slot] != _EMPTY:
-        slot = (slot + 1) & mask
-    return slot
+    return np.int64((mixed ^ (mixed >> np.uint64(32))) & np.uint64(len(table) - 1))
 
 
 @compiled()
-def _new_table(size):
-    return np.full(size, _EMPTY, np.int64), np.empty(size, np.int32)
+def _find(key, table):
+    """The slot of the table that holds `key`, or the empty one where it belongs."""
+    slot = _home(key, table)
+    while True:
+        held = element(table, 2 * slot)
+        if held == key or held == _EMPTY:
+            return slot
+        slot = (slot + 1) & (len(table) - 1)
+
+
+@compiled()
+def _new_table(capacity):
+    """An open-addressing table (a power of two, 2) of keys and their numbers that `capacity` keys fill by half."""
+    size = 1 << 10
+    while size < 2 * capacity:
+        size *= 2
+    return np.full((size, 2), _EMPTY, np.int64)
 
 
 @compiled()
 def _add(key, slot, table, unique, count):
     """The table with `key`, whose number is `count`, also noted in `unique`; it grows when half full."""
-    keys, numbers = table
     unique[count] = key
-    if 2 * count >= len(keys):
-        keys, numbers = _new_table(4 * len(keys))
+    if 2 * count >= len(table):
+        table = _new_table(2 * count)
         for vertex in range(count):
-            slot = _find(unique[vertex], keys)
-            keys[slot] = unique[vertex]
-            numbers[slot] = vertex
-        slot = _find(key, keys)
-    keys[slot] = key
-    numbers[slot] = count
-    return keys, numbers
+            slot = _find(unique[vertex], table)
+            table[slot] = unique[vertex], vertex
+        slot = _find(key, table)
+    table[slot] = key, count
+    return table
 
 
 @compiled()
@@ -135,19 +144,21 @@ def number_corners(start, stop, bands, features, scales, low, strides, weights, 
     buffers = _new_buffers(num_corners, features.dtype)
     keys = np.empty((_BLOCK, num_corners), np.int64)
     for band in range(start, stop):
-        table, count = _new_table(1 << 13), 0
+        table, count = _new_table(1 << 12), 0
         for first in range(bands[band], bands[band + 1], _BLOCK):
             n = min(_BLOCK, bands[band + 1] - first)
             _embed(first, n, features, scales, low, strides, buffers, weights, keys)
+            for k in range(n * num_corners):
+                prefetch(table, 2 * _home(element(keys, k), table))
             for p in range(n):
                 for c in range(num_corners):
                     key = keys[p, c]
                     if p > 0 and keys[p - 1, c] == key:  # points next to each other share most corners
                         numbers[first + p, c] = numbers[first + p - 1, c]
                         continue
-                    slot = _find(key, table[0])
-                    if table[0][slot] == key:
-                        numbers[first + p, c] = table[1][slot]
+                    slot = _find(key, table)
+                    if table[slot, 0] == key:
+                        numbers[first + p, c] = table[slot, 1]
                     else:
                         table = _add(key, slot, table, unique[band], count)
                         numbers[first + p, c] = count
@@ -163,17 +174,19 @@ def merge_bands(keys, counts, capacity):
         Hash table; distinct keys, with room for `capacity`; how many there were before each band, and at the end; the
         number of each band's keys, one band after the other.
     """
-    table = _new_table(1 << 13)
+    table = _new_table(counts.sum())
     unique = np.empty(capacity, np.int64)
     numbers = np.empty(counts.sum(), np.int32)
     firsts = np.zeros(len(counts) + 1, np.int64)
     count = at = 0
     for band in range(len(counts)):
         for k in range(counts[band]):
+            if k + _AHEAD < counts[band]:
+                prefetch(table, 2 * _home(keys[band, k + _AHEAD], table))
             key = keys[band, k]
-            slot = _find(key, table[0])
-            if table[0][slot] == key:
-                numbers[at] = table[1][slot]
+            slot = _find(key, table)
+            if table[slot, 0] == key:
+                numbers[at] = table[slot, 1]
             else:
                 table = _add(key, slot, table, unique, count)
                 numbers[at] = count
@@ -190,15 +203,15 @@ def add_ring(steps, table, unique, count):
         for step in steps:
             for sign in (-1, 1):
                 key = unique[vertex] + sign * step
-                slot = _find(key, table[0])
-                if table[0][slot] != key:
+                slot = _find(key, table)
+                if table[slot, 0] != key:
                     table = _add(key, slot, table, unique, count)
                     count += 1
     return table, count
 
 
 @compiled()
-def find_chains(start, stop, steps, slot_keys, slot_numbers, unique, first_vertex, chains, lengths):
+def find_chains(start, stop, steps, table, unique, first_vertex, chains, lengths):
     """For each direction from start to stop its chains of vertices one step apart, see `filter_loops.blur`.
 
     `chains` (C+1, M) receives them and `lengths` (C+1,) how many vertices are in them.
@@ -209,11 +222,12 @@ def find_chains(start, stop, steps, slot_keys, slot_numbers, unique, first_verte
     for direction in range(start, stop):
         starts[:] = True
         for vertex in range(count):
-            slot = _find(unique[vertex] + steps[direction], slot_keys)
-            after[vertex] = -1
-            if slot_keys[slot] != _EMPTY:
-                after[vertex] = slot_numbers[slot]
-                starts[slot_numbers[slot]] = False
+            if vertex + _AHEAD < count:
+                prefetch(table, 2 * _home(unique[vertex + _AHEAD] + steps[direction], table))
+            number = table[_find(unique[vertex] + steps[direction], table), 1]  # of an empty slot: -1
+            after[vertex] = number
+            if number >= 0:
+                starts[number] = False
         at = 0
         for vertex in range(count):
             if starts[vertex] and after[vertex] >= 0:
@@ -250,6 +264,17 @@ def place_rows(numbers, counts, firsts, first_vertex, num_spilled, spilled):
             at += 1
         bounds[band + 1] = row
     return bounds
+
+
+@compiled()
+def sort_by_vertex(vertices, offsets):
+    """The (S,) order that sorts `vertices` and leaves equal ones as they are; `offsets` (M+1,) where each one starts."""
+    places = offsets[:-1].copy()
+    order = np.empty(len(vertices), np.int32)
+    for index in range(len(vertices)):
+        order[places[vertices[index]]] = index
+        places[vertices[index]] += 1
+    return order
 
 
 @compiled()

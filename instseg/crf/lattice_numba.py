@@ -198,6 +198,7 @@ def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> Num
         _run(build_loops.renumber, build_loops.parallel_renumber, parts, image_bands, *arrays, stop, corners)
     runs[:, 1::2] += stop
     vertex_of_spilled = np.concatenate(spilled)
+    offsets = np.concatenate([[0], np.bincount(vertex_of_spilled, minlength=stop).cumsum()]).astype(np.int32)
     return NumbaLattice(
         kernels=tuple(kernels),
         splat_weights=weights,
@@ -207,8 +208,8 @@ def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> Num
         runs=runs,
         rows=rows,
         vertex_of_row=np.concatenate([np.arange(stop, dtype=np.int32), vertex_of_spilled]),
-        offsets=np.concatenate([[0], np.bincount(vertex_of_spilled, minlength=stop).cumsum()]).astype(np.int32),
-        spilled=(stop + np.argsort(vertex_of_spilled, kind="stable")).astype(np.int32),
+        offsets=offsets,
+        spilled=stop + build_loops.sort_by_vertex(vertex_of_spilled, offsets),
         chains=tuple(np.concatenate(chain) for chain in chains),
     )
 
@@ -274,11 +275,11 @@ def _number_corners(
     return keys, counts, steps.numpy()
 
 
-def _find_chains(steps: np.ndarray, table: Any, unique: np.ndarray, first_vertex: int) -> list[np.ndarray]:
+def _find_chains(steps: np.ndarray, table: np.ndarray, unique: np.ndarray, first_vertex: int) -> list[np.ndarray]:
     """The chains of each direction, see `filter_loops.blur`."""
     chains = np.empty((len(steps), len(unique)), np.int32)
     lengths = np.empty(len(steps), np.int64)
-    arrays = steps, *table, unique, first_vertex, chains, lengths
+    arrays = steps, table, unique, first_vertex, chains, lengths
     _run(build_loops.find_chains, build_loops.parallel_find_chains, _parts(len(steps)), *arrays)
     return [chain[:length] for chain, length in zip(chains, lengths, strict=True)]
 
