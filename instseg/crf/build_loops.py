@@ -102,11 +102,16 @@ def _home(key, table):
 
 @compiled()
 def _find(key, table):
-    """The slot of the table that holds `key`, or the empty one where it belongs."""
+    """The slot of the table that holds `key`, or the empty one where it belongs.
+
+    Which of them comes is anyone's guess, so that two jumps would cost more than the rest: x | -x is negative unless
+    x is 0.
+    """
     slot = _home(key, table)
     while True:
         held = element(table, 2 * slot)
-        if held == key or held == _EMPTY:
+        differs, filled = held ^ key, held ^ _EMPTY
+        if (differs | -differs) & (filled | -filled) >= 0:
             return slot
         slot = (slot + 1) & (len(table) - 1)
 
@@ -121,16 +126,11 @@ def _new_table(capacity):
 
 
 @compiled()
-def _add(key, slot, table, unique, count):
-    """The table with `key`, whose number is `count`, also noted in `unique`; it grows when half full."""
-    unique[count] = key
-    if 2 * count >= len(table):
-        table = _new_table(2 * count)
-        for vertex in range(count):
-            slot = _find(unique[vertex], table)
-            table[slot] = unique[vertex], vertex
-        slot = _find(key, table)
-    table[slot] = key, count
+def _grow(unique, count, room):
+    """A table of the first `count` keys of `unique`, with room for as many again and for `room` more."""
+    table = _new_table(2 * count + room)
+    for number in range(count):
+        table[_find(unique[number], table)] = unique[number], number
     return table
 
 
@@ -144,25 +144,22 @@ def number_corners(start, stop, bands, features, scales, low, strides, weights, 
     buffers = _new_buffers(num_corners, features.dtype)
     keys = np.empty((_BLOCK, num_corners), np.int64)
     for band in range(start, stop):
-        table, count = _new_table(1 << 12), 0
+        of_band, count = unique[band], 0
+        table = _new_table((bands[band + 1] - bands[band]) // 2 + _BLOCK * num_corners)
         for first in range(bands[band], bands[band + 1], _BLOCK):
             n = min(_BLOCK, bands[band + 1] - first)
             _embed(first, n, features, scales, low, strides, buffers, weights, keys)
-            for k in range(n * num_corners):
-                prefetch(table, 2 * _home(element(keys, k), table))
             for p in range(n):
                 for c in range(num_corners):
                     key = keys[p, c]
-                    if p > 0 and keys[p - 1, c] == key:  # points next to each other share most corners
-                        numbers[first + p, c] = numbers[first + p - 1, c]
-                        continue
                     slot = _find(key, table)
-                    if table[slot, 0] == key:
-                        numbers[first + p, c] = table[slot, 1]
-                    else:
-                        table = _add(key, slot, table, unique[band], count)
-                        numbers[first + p, c] = count
+                    if table[slot, 0] != key:
+                        of_band[count] = key
+                        table[slot] = key, count
                         count += 1
+                    numbers[first + p, c] = table[slot, 1]
+            if 2 * (count + _BLOCK * num_corners) > len(table):
+                table = _grow(of_band, count, _BLOCK * num_corners)
         counts[band] = count
 
 
@@ -185,12 +182,11 @@ def merge_bands(keys, counts, capacity):
                 prefetch(table, 2 * _home(keys[band, k + _AHEAD], table))
             key = keys[band, k]
             slot = _find(key, table)
-            if table[slot, 0] == key:
-                numbers[at] = table[slot, 1]
-            else:
-                table = _add(key, slot, table, unique, count)
-                numbers[at] = count
+            if table[slot, 0] != key:
+                unique[count] = key
+                table[slot] = key, count
                 count += 1
+            numbers[at] = table[slot, 1]
             at += 1
         firsts[band + 1] = count
     return table, unique, firsts, numbers
@@ -205,8 +201,11 @@ def add_ring(steps, table, unique, count):
                 key = unique[vertex] + sign * step
                 slot = _find(key, table)
                 if table[slot, 0] != key:
-                    table = _add(key, slot, table, unique, count)
+                    unique[count] = key
+                    table[slot] = key, count
                     count += 1
+        if 2 * (count + 2 * len(steps)) > len(table):
+            table = _grow(unique, count, 2 * len(steps))
     return table, count
 
 
@@ -218,19 +217,17 @@ def find_chains(start, stop, steps, table, unique, first_vertex, chains, lengths
     """
     count = chains.shape[1]
     after = np.empty(count, np.int32)
-    starts = np.empty(count, np.bool_)
+    starts = np.empty(count + 1, np.bool_)  # the first is of no vertex
     for direction in range(start, stop):
         starts[:] = True
         for vertex in range(count):
             if vertex + _AHEAD < count:
                 prefetch(table, 2 * _home(unique[vertex + _AHEAD] + steps[direction], table))
-            number = table[_find(unique[vertex] + steps[direction], table), 1]  # of an empty slot: -1
-            after[vertex] = number
-            if number >= 0:
-                starts[number] = False
+            after[vertex] = table[_find(unique[vertex] + steps[direction], table), 1]  # of an empty slot: -1
+            starts[after[vertex] + 1] = False
         at = 0
         for vertex in range(count):
-            if starts[vertex] and after[vertex] >= 0:
+            if starts[vertex + 1] and after[vertex] >= 0:
                 link = np.int32(vertex)
                 while link >= 0:
                     chains[direction, at] = link + first_vertex

@@ -278,7 +278,7 @@ def check_features(features: Tensor) -> None:
     """Raise ValueError unless `features` are (N, C), N and C >= 1, and finite."""
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"features: expected shape (N, C) with N, C >= 1, got {tuple(features.shape)}")
-    if not torch.isfinite(features).all():
+    if not torch.isfinite(torch.stack(torch.aminmax(features))).all():  # both propagate NaN
         raise ValueError("features: expected finite values, got NaN or infinity; check the image and the thetas")
 
 
@@ -300,7 +300,7 @@ def key_layout(features: Tensor) -> tuple[Tensor, Tensor]:
     """
     num_features, margin = features.shape[1], 4 * (features.shape[1] + 1)
     scales = torch.tensor(deviations(num_features, torch.float64), dtype=torch.float64)
-    bounds = torch.stack(torch.aminmax(features, dim=0)).cpu().double() * scales
+    bounds = _bounds(features).cpu().double() * scales
     # Coordinate j is the sum of the scaled features after the j-th, less j times the j-th.
     factors = torch.ones(num_features, num_features, dtype=torch.float64).triu()
     factors -= torch.diag(torch.arange(1.0, num_features, dtype=torch.float64), -1)
@@ -312,6 +312,16 @@ def key_layout(features: Tensor) -> tuple[Tensor, Tensor]:
             f"features: lattice coordinates span {sizes} cells, more than a 64-bit key holds; use larger thetas"
         )
     return low, torch.tensor([prod(sizes[:index]) for index in range(num_features)])
+
+
+def _bounds(features: Tensor) -> Tensor:
+    """(2, C): the lowest and the highest of `features` (N, C)."""
+    # Torch reduces few long rows several times as fast as many short ones.
+    factor = min(64, len(features))
+    whole = len(features) - len(features) % factor
+    long = features[:whole].reshape(-1, factor * features.shape[1])
+    rest = torch.cat([long.amin(0), long.amax(0)]).reshape(-1, features.shape[1])
+    return torch.stack(torch.aminmax(torch.cat([rest, features[whole:]]), dim=0))
 
 
 def slices(lengths: Sequence[int]) -> Iterator[slice]:
