@@ -102,7 +102,7 @@ def _home(key, table):
 
 @compiled()
 def _find(key, table):
-    """The slot of the table that holds `key`, or the empty one where it belongs.
+    """The slot of an open-addressing table (S, 2), of keys and their numbers, where `key` is or belongs.
 
     Which of them comes is anyone's guess, so that two jumps would cost more than the rest: x | -x is negative unless
     x is 0.
@@ -117,35 +117,37 @@ def _find(key, table):
 
 
 @compiled()
-def _new_table(capacity):
-    """An open-addressing table (a power of two, 2) of keys and their numbers that `capacity` keys fill by half."""
+def table_size(capacity):
+    """The power of two of which `capacity` keys fill half or less."""
     size = 1 << 10
     while size < 2 * capacity:
         size *= 2
-    return np.full((size, 2), _EMPTY, np.int64)
+    return size
 
 
 @compiled()
 def _grow(unique, count, room):
     """A table of the first `count` keys of `unique`, with room for as many again and for `room` more."""
-    table = _new_table(2 * count + room)
+    table = np.full((table_size(2 * count + room), 2), _EMPTY)
     for number in range(count):
         table[_find(unique[number], table)] = unique[number], number
     return table
 
 
 @compiled()
-def number_corners(start, stop, bands, features, scales, low, strides, weights, numbers, unique, counts):
+def number_corners(start, stop, bands, features, scales, low, strides, tables, weights, numbers, unique, runs):
     """Weights of each point in the corners of its simplex, which are numbered in the order of first touch in a band.
 
-    `unique` (B, U) receives the distinct keys of each band and `counts` (B,) how many they are.
+    `unique` receives the distinct keys of each band in `runs` (B, 2), from where to where. Both it and the `tables` are
+    the caller's: memory that a thread gets and returns is slow.
     """
     num_corners = features.shape[1] + 1
     buffers = _new_buffers(num_corners, features.dtype)
     keys = np.empty((_BLOCK, num_corners), np.int64)
+    table, end = tables[start], bands[start] * num_corners
     for band in range(start, stop):
-        of_band, count = unique[band], 0
-        table = _new_table((bands[band + 1] - bands[band]) // 2 + _BLOCK * num_corners)
+        of_band, count = unique[end:], 0
+        table[:] = _EMPTY
         for first in range(bands[band], bands[band + 1], _BLOCK):
             n = min(_BLOCK, bands[band + 1] - first)
             _embed(first, n, features, scales, low, strides, buffers, weights, keys)
@@ -160,27 +162,27 @@ def number_corners(start, stop, bands, features, scales, low, strides, weights, 
                     numbers[first + p, c] = table[slot, 1]
             if 2 * (count + _BLOCK * num_corners) > len(table):
                 table = _grow(of_band, count, _BLOCK * num_corners)
-        counts[band] = count
+        runs[band] = end, end + count
+        end += count
 
 
 @compiled()
-def merge_bands(keys, counts, capacity):
-    """Number the distinct ones among the bands' `keys` (B, U), of which each has `counts` (B,), in order.
+def merge_bands(keys, runs, table, unique):
+    """Number the distinct ones among the `keys` of all bands, which are in `runs` (B, 2), in order.
 
     Returns:
-        Hash table; distinct keys, with room for `capacity`; how many there were before each band, and at the end; the
-        number of each band's keys, one band after the other.
+        How many there were before each band, and at the end; the number of each band's keys, one band after the other.
+        `table`, of `table_size` of all keys, and `unique` receive the distinct keys.
     """
-    table = _new_table(counts.sum())
-    unique = np.empty(capacity, np.int64)
-    numbers = np.empty(counts.sum(), np.int32)
-    firsts = np.zeros(len(counts) + 1, np.int64)
+    table[:] = _EMPTY
+    numbers = np.empty((runs[:, 1] - runs[:, 0]).sum(), np.int32)
+    firsts = np.zeros(len(runs) + 1, np.int64)
     count = at = 0
-    for band in range(len(counts)):
-        for k in range(counts[band]):
-            if k + _AHEAD < counts[band]:
-                prefetch(table, 2 * _home(keys[band, k + _AHEAD], table))
-            key = keys[band, k]
+    for band in range(len(runs)):
+        for k in range(runs[band, 0], runs[band, 1]):
+            if k + _AHEAD < runs[band, 1]:
+                prefetch(table, 2 * _home(keys[k + _AHEAD], table))
+            key = keys[k]
             slot = _find(key, table)
             if table[slot, 0] != key:
                 unique[count] = key
@@ -189,7 +191,7 @@ def merge_bands(keys, counts, capacity):
             numbers[at] = table[slot, 1]
             at += 1
         firsts[band + 1] = count
-    return table, unique, firsts, numbers
+    return firsts, numbers
 
 
 @compiled()
@@ -210,14 +212,13 @@ def add_ring(steps, table, unique, count):
 
 
 @compiled()
-def find_chains(start, stop, steps, table, unique, first_vertex, chains, lengths):
+def find_chains(start, stop, steps, table, unique, first_vertex, links, flags, chains, lengths):
     """For each direction from start to stop its chains of vertices one step apart, see `filter_loops.blur`.
 
-    `chains` (C+1, M) receives them and `lengths` (C+1,) how many vertices are in them.
+    `chains` (C+1, M) receives them and `lengths` (C+1,) how many vertices are in them; `links` and `flags` are scratch.
     """
     count = chains.shape[1]
-    after = np.empty(count, np.int32)
-    starts = np.empty(count + 1, np.bool_)  # the first is of no vertex
+    after, starts = links[start], flags[start]  # the first of the flags is of no vertex
     for direction in range(start, stop):
         starts[:] = True
         for vertex in range(count):
@@ -265,7 +266,7 @@ def place_rows(numbers, counts, firsts, first_vertex, num_spilled, spilled):
 
 @compiled()
 def sort_by_vertex(vertices, offsets):
-    """The (S,) order that sorts `vertices` and leaves equal ones as they are; `offsets` (M+1,) where each one starts."""
+    """The stable order (S,) that sorts `vertices`; `offsets` (M+1,) say where each one starts."""
     places = offsets[:-1].copy()
     order = np.empty(len(vertices), np.int32)
     for index in range(len(vertices)):

@@ -53,7 +53,7 @@ class Lattice(ABC):
 
     @abstractmethod
     def mix(self, on_vertices: Tensor, matrices: Tensor, overwrite: bool = False) -> Tensor:
-        """Each kernel's vertices times its matrix, valid until the next call; may `overwrite` its argument.
+        """Each kernel's vertices times its matrix; may `overwrite` its argument.
 
         Filtering acts on pixels and matrices on labels, so compatibility can be applied here, where rows are fewer.
         """
@@ -101,9 +101,8 @@ class Lattice(ABC):
         overwrite = overwrite and not keep
         return _Inference.apply(energy, matrices, self, num_iterations, normalize, keep, overwrite)  # pyright: ignore
 
-    def step(self, on_vertices: Tensor, energy: Tensor, out: Tensor | None = None) -> Tensor:
-        """splat(slice_softmax(...)), in `out` or in new memory."""
-        del out  # for backends that gain by it
+    def step(self, on_vertices: Tensor, energy: Tensor) -> Tensor:
+        """splat(slice_softmax(...))."""
         return self.splat(self.slice_softmax(on_vertices, energy))
 
     def step_backward(
@@ -112,7 +111,7 @@ class Lattice(ABC):
         """The adjoint of `step` with the gradient that `adjoint().slice` reads; adds to `grad_energy`, in place.
 
         Returns:
-            What the adjoint splats, valid until the next call.
+            What the adjoint splats.
         """
         adjoint = self.adjoint()
         grad_q = adjoint.slice(grad_on_vertices, zeros(energy))
@@ -147,7 +146,7 @@ class _Message(torch.autograd.Function):
         grad_matrices = adjoint.inner(blurred, splatted) if ctx.needs_input_grad[2] else None
         grad_q = None
         if ctx.needs_input_grad[0]:
-            on_vertices = adjoint.mix(adjoint.blur(splatted), matrices.mT)
+            on_vertices = adjoint.mix(adjoint.blur(splatted), matrices.mT, overwrite=True)
             grad_q = adjoint.slice(on_vertices, zeros(on_vertices))
         return grad_q, grad, grad_matrices, None, None
 
@@ -164,7 +163,7 @@ class _Inference(torch.autograd.Function):
         keep: bool,
         overwrite: bool,
     ) -> Tensor:
-        history, spare = [], None
+        history = []
         on_vertices = lattice.step(mixed := zeros(energy), energy)
         for iteration in range(num_iterations):
             on_vertices = lattice.blur(on_vertices)
@@ -172,8 +171,7 @@ class _Inference(torch.autograd.Function):
             if keep:
                 history.append(on_vertices)
             if iteration < num_iterations - 1:
-                on_vertices = lattice.step(mixed, energy, out=spare)
-                spare = None if keep else mixed
+                on_vertices = lattice.step(mixed, energy)
         result = lattice.slice_softmax(mixed, energy, overwrite) if normalize else lattice.slice(mixed, energy)
         ctx.lattice = lattice
         ctx.save_for_backward(energy, matrices, result if normalize else None, *history)
@@ -191,7 +189,7 @@ class _Inference(torch.autograd.Function):
         while history:
             blurred = history.pop()
             grad_matrices += adjoint.inner(blurred, splatted)
-            grad_on_vertices = adjoint.mix(adjoint.blur(splatted), matrices.mT)
+            grad_on_vertices = adjoint.mix(adjoint.blur(splatted), matrices.mT, overwrite=True)
             before = lattice.mix(history[-1], matrices) if history else zeros(energy)
             splatted = lattice.step_backward(before, grad_on_vertices, energy, grad_energy)
         return grad_energy, grad_matrices, None, None, None, None, None

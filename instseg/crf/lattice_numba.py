@@ -7,8 +7,8 @@ numba's cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from threading import Lock, local
+from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any, Self
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 from instseg.crf import build_loops, softmax_loops
 from instseg.crf import filter_loops as loops
 from instseg.crf.lattice import Lattice, deviations, key_layout, slices
+from instseg.crf.memory import empty
 from instseg.crf.simd import LANES
 
 _BAND = 1 << 15  # pixels of a band at most: fewer share less with their neighbours, more leave threads idle
@@ -53,10 +54,9 @@ class NumbaLattice(Lattice):
     offsets: np.ndarray
     spilled: np.ndarray
     chains: tuple[np.ndarray, ...]
-    _memory: local = field(init=False, default_factory=local, compare=False, repr=False)
 
     def splat(self, values: Tensor) -> Tensor:  # noqa: D102 (the base class says it)
-        sums = empty_rows(len(self.vertex_of_row), values.shape[1], values)
+        sums = self._new_vertices(values)
         arrays = self.bands, self.runs, self.rows, self.splat_weights.numpy(), _rows(values), _rows(sums)
         _run(loops.scatter, loops.parallel_scatter, self._band_parts(), *arrays)
         return self._combine(sums)
@@ -69,7 +69,7 @@ class NumbaLattice(Lattice):
 
     def mix(self, on_vertices: Tensor, matrices: Tensor, overwrite: bool = False) -> Tensor:  # noqa: D102
         # Not torch's product: its threads spin for milliseconds after it, where ours should run.
-        mixed = on_vertices if overwrite else self._scratch("mix", on_vertices)
+        mixed = on_vertices if overwrite else self._new_vertices(on_vertices)
         for kernel, matrix in zip(self.kernels, matrices, strict=True):
             bounds = kernel.start + _even_bounds(kernel.stop - kernel.start, on_vertices.shape[1])
             factors = _rank_one_and_diagonal(matrix)
@@ -107,11 +107,11 @@ class NumbaLattice(Lattice):
         _run(loops.slice_softmax, loops.parallel_slice_softmax, _even_bounds(len(self.rows), energy.shape[1]), *arrays)
         return out
 
-    def step(self, on_vertices: Tensor, energy: Tensor, out: Tensor | None = None) -> Tensor:
+    def step(self, on_vertices: Tensor, energy: Tensor) -> Tensor:
         """As the base class says, in one pass over the pixels."""
         if energy.dtype != torch.float32:
             return super().step(on_vertices, energy)
-        sums = empty_rows(len(self.vertex_of_row), energy.shape[1], energy) if out is None else out
+        sums = self._new_vertices(energy)
         arrays = *self._to_slice(on_vertices, energy), self.splat_weights.numpy(), _rows(sums)
         _run(loops.step, loops.parallel_step, self._band_parts(), energy.shape[1], self.bands, self.runs, *arrays)
         return self._combine(sums)
@@ -122,7 +122,7 @@ class NumbaLattice(Lattice):
         """As the base class says, in one pass over the pixels."""
         if energy.dtype != torch.float32:
             return super().step_backward(on_vertices, grad_on_vertices, energy, grad_energy)
-        sums = self._scratch("splat", grad_on_vertices)
+        sums = self._new_vertices(energy)
         backward = self.splat_weights.numpy(), *map(_rows, (grad_on_vertices, grad_energy, sums))
         arrays = energy.shape[1], self.bands, self.runs, *self._to_slice(on_vertices, energy), *backward
         _run(loops.step_backward, loops.parallel_step_backward, self._band_parts(), *arrays)
@@ -149,13 +149,8 @@ class NumbaLattice(Lattice):
         _run(loops.combine, loops.parallel_combine, bounds, self.offsets, self.spilled, _rows(sums))
         return sums
 
-    def _scratch(self, name: str, like: Tensor) -> Tensor:
-        """`empty_rows` that this thread's next call with the name overwrites: large memory is slow to get."""
-        memory = self._memory.__dict__
-        key = like.shape[1], like.dtype
-        if memory.get(name, (None,))[0] != key:
-            memory[name] = key, empty_rows(len(self.vertex_of_row), like.shape[1], like)
-        return memory[name][1]
+    def _new_vertices(self, like: Tensor) -> Tensor:
+        return empty_rows(len(self.vertex_of_row), like.shape[1], like)
 
     def _band_parts(self) -> np.ndarray:
         return _parts(len(self.bands) - 1)
@@ -164,8 +159,8 @@ class NumbaLattice(Lattice):
 def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> NumbaLattice:
     """The lattice without normalisation, vertices numbered in the order in which pixels touch them."""
     num_corners = [kernel.shape[1] + 1 for kernel in features]
-    weights = empty((len(features[0]), sum(num_corners)), features[0])
-    rows = empty(weights.shape, features[0], torch.int32).numpy()
+    weights = empty((len(features[0]), sum(num_corners)), features[0].dtype)
+    rows = empty(weights.shape, torch.int32).numpy()
     bands = _band_bounds(lengths)
     runs = np.empty((len(bands) - 1, 2 * len(features), 2), np.int64)
     kernels, numbered = [], []
@@ -178,9 +173,12 @@ def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> Num
             own = slice(*np.searchsorted(bands, (image.start, image.stop)))
             image_bands = bands[own.start : own.stop + 1] - image.start
             views = weights.numpy()[image, columns], rows[image, columns]
-            keys, counts, steps = _number_corners(kernel[image], image_bands, *views)
+            keys, of_bands, steps = _number_corners(kernel[image], image_bands, *views)
+            counts = of_bands[:, 1] - of_bands[:, 0]
             capacity = int(counts.sum()) * (1 + 2 * len(steps) * ring)
-            table, unique, firsts, numbers = build_loops.merge_bands(keys, counts, capacity)
+            table = empty((build_loops.table_size(counts.sum()), 2), torch.int64).numpy()
+            unique = empty((capacity,), torch.int64).numpy()
+            firsts, numbers = build_loops.merge_bands(keys, of_bands, table, unique)
             spilled.append(np.empty(len(numbers), np.int32))
             bounds = build_loops.place_rows(numbers, counts, firsts, stop, num_spilled, spilled[-1])
             spilled[-1] = spilled[-1][: bounds[-1] - num_spilled]
@@ -234,15 +232,10 @@ def softmax_backward(q: Tensor, grad: Tensor) -> Tensor:
     return out
 
 
-def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory, from NumPy: it asks for huge pages, without which new memory costs as much as the work on it."""
-    return torch.from_numpy(np.empty(shape, torch.empty(0, dtype=dtype or like.dtype).numpy().dtype))
-
-
 def empty_rows(num_rows: int, num_labels: int, like: Tensor) -> Tensor:
     """(num_rows, num_labels) memory whose rows lie a whole number of vectors apart, from the start of a cache line."""
     stride = _stride(num_labels)
-    flat = empty((num_rows * stride + _CACHE_LINE,), like)
+    flat = empty((num_rows * stride + _CACHE_LINE,), like.dtype)
     start = -flat.data_ptr() % _CACHE_LINE // flat.element_size()
     return flat.as_strided((num_rows, num_labels), (stride, 1), start)
 
@@ -261,27 +254,31 @@ def _number_corners(
     """Fill in the barycentric coordinates, and the corners' numbers in their band.
 
     Returns:
-        The distinct keys of each band (B, room), how many they are (B,), and the step in keys of each direction.
+        Keys, the runs (B, 2) in them of the distinct ones of each band, and the step in keys of each direction.
     """
     num_features, num_bands = features.shape[1], len(bands) - 1
     low, strides = key_layout(features)
     scales = torch.tensor(deviations(num_features, features.dtype), dtype=features.dtype)
-    keys = np.empty((num_bands, int(np.diff(bands).max()) * (num_features + 1)), np.int64)  # mostly never touched
-    counts = np.empty(num_bands, np.int64)
+    # Most of these two is never touched.
+    keys = empty((len(features) * (num_features + 1),), torch.int64).numpy()
+    size = build_loops.table_size(len(features) // num_bands // 2 + 1024)
+    tables = empty((num_bands, size, 2), torch.int64).numpy()
+    runs = np.empty((num_bands, 2), np.int64)
     arrays = (tensor.numpy() for tensor in (features.contiguous(), scales, low, strides))
-    outputs = weights, numbers, keys, counts
+    outputs = tables, weights, numbers, keys, runs
     _run(build_loops.number_corners, build_loops.parallel_number_corners, _parts(num_bands), bands, *arrays, *outputs)
     steps = strides.sum() - (num_features + 1) * torch.cat([strides, strides.new_zeros(1)])
-    return keys, counts, steps.numpy()
+    return keys, runs, steps.numpy()
 
 
 def _find_chains(steps: np.ndarray, table: np.ndarray, unique: np.ndarray, first_vertex: int) -> list[np.ndarray]:
     """The chains of each direction, see `filter_loops.blur`."""
-    chains = np.empty((len(steps), len(unique)), np.int32)
+    links, chains = empty((2, len(steps), len(unique)), torch.int32).numpy()
+    flags = empty((len(steps), len(unique) + 1), torch.bool).numpy()
     lengths = np.empty(len(steps), np.int64)
-    arrays = steps, table, unique, first_vertex, chains, lengths
+    arrays = steps, table, unique, first_vertex, links, flags, chains, lengths
     _run(build_loops.find_chains, build_loops.parallel_find_chains, _parts(len(steps)), *arrays)
-    return [chain[:length] for chain, length in zip(chains, lengths, strict=True)]
+    return [chain[:length].copy() for chain, length in zip(chains, lengths, strict=True)]
 
 
 def _rank_one_and_diagonal(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
