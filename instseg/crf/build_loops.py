@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from instseg.crf.simd import compiled, element, prefetch
+from instseg.crf.simd import compiled, element, prefetch, set_element
 
 _EMPTY = np.int64(-1)  # keys are not negative
 _AHEAD = 16  # keys by which memory is asked for in advance
@@ -287,19 +287,22 @@ def renumber(start, stop, bands, first_numbers, row_of_number, num_vertices, row
 
 
 @compiled()
-def normalize(start, stop, rows, vertex_of_row, first_columns, table, symmetric, weights):
-    """Divide each point's weights by its norm, what it reads from `table` (M, 1 padded), kernel by kernel.
+def normalize(start, stop, rows, vertex_of_row, first_columns, table, symmetric, weights, out):
+    """Out = each point's weights divided by its norm, what it reads from `table` (R, 1 padded), kernel by kernel.
 
-    With `symmetric` by its square root.
+    With `symmetric` by its square root. `out` may be `weights`.
     """
-    for i in range(start, stop):
+    step, num_corners = table.shape[1], rows.shape[1]
+    one = weights.dtype.type(1)
+    for corner in range(start * num_corners, stop * num_corners, num_corners):
         for kernel in range(len(first_columns) - 1):
+            first, last = corner + first_columns[kernel], corner + first_columns[kernel + 1]
             norm = weights.dtype.type(0)
-            for c in range(first_columns[kernel], first_columns[kernel + 1]):
-                norm += weights[i, c] * table[vertex_of_row[rows[i, c]], 0]
-            factor = weights.dtype.type(1) / (np.sqrt(norm) if symmetric else norm)
-            for c in range(first_columns[kernel], first_columns[kernel + 1]):
-                weights[i, c] *= factor
+            for k in range(first, last):
+                norm += element(weights, k) * element(table, element(vertex_of_row, element(rows, k)) * step)
+            factor = one / (np.sqrt(norm) if symmetric else norm)
+            for k in range(first, last):
+                set_element(out, k, element(weights, k) * factor)
 
 
 @compiled(parallel=True)

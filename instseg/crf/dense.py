@@ -79,10 +79,10 @@ class DenseCRF(nn.Module):
             if tuple(unary.shape) != expected:
                 raise ValueError(f"unary: expected shape (L, H, W) = {expected}, got {tuple(unary.shape)}")
         _check_memory(unaries)
-        if not all(torch.isfinite(unary).all() for unary in unaries):
+        if not all(torch.isfinite(torch.stack(torch.aminmax(unary))).all() for unary in unaries):
             raise ValueError("unary: expected finite energies, got NaN or infinity")
         dtype = self.spatial_weight.dtype
-        kernels = build_kernels([image.to(dtype) for image in images], self.kernel_config)
+        kernels = build_kernels(images, self.kernel_config, dtype)
         columns = [unary.to(dtype).flatten(1) for unary in unaries]
         rows = pixel_major(columns[0] if len(columns) == 1 else torch.cat(columns, 1))
         q = self.pairwise(kernels).marginals(rows, self.num_iterations)

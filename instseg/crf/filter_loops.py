@@ -62,10 +62,11 @@ def _slice_block(first, num_rows, rows, vertex_of_row, weights, table, energy, o
 
 @compiled()
 def _scatter_block(first, num_rows, rows, weights, values, source, sums):
-    """sums[row of the corner] += weight * values[source + p]."""
+    """sums[row of the corner] += weight * values[source + p]; a single row of `values` stands for all."""
     width, num_corners = values.shape[1], rows.shape[1]
+    value_step = width if len(values) > 1 else 0
     for p in range(num_rows):
-        corner, row = (first + p) * num_corners, (source + p) * width
+        corner, row = (first + p) * num_corners, (source + p) * value_step
         lane = 0
         while lane + 24 <= width:
             a, b = flush(load(values, row + lane)), flush(load(values, row + lane + 8))
@@ -183,6 +184,27 @@ def _blur_8(first, end, lane, chains, values):
         store(values, row, multiply_add(here, half, add(before, after)))
         before, here, row = here, after, following
     store(values, row, multiply_add(here, half, before))
+
+
+@compiled()
+def rank_one_and_diagonal(matrix, left, right, diagonal):
+    """Whether matrix = left^T right + diag(diagonal), each (1, L), as Potts compatibility or its transpose is."""
+    num_labels = len(matrix)
+    for by_row in (True, False):
+        factor, one = (left, right) if by_row else (right, left)
+        one[0, :num_labels] = 1
+        holds = True
+        for i in range(num_labels):
+            other = 1 if i == 0 and num_labels > 1 else 0
+            factor[0, i] = matrix[i, other] if by_row else matrix[other, i]
+            diagonal[0, i] = matrix[i, i] - factor[0, i]
+            for j in range(num_labels):
+                holds &= j == i or (matrix[i, j] if by_row else matrix[j, i]) == factor[0, i]
+            if not holds:
+                break
+        if holds:
+            return True
+    return False
 
 
 @compiled()

@@ -72,12 +72,12 @@ class NumbaLattice(Lattice):
         mixed = on_vertices if overwrite else self._new_vertices(on_vertices)
         for kernel, matrix in zip(self.kernels, matrices, strict=True):
             bounds = kernel.start + _even_bounds(kernel.stop - kernel.start, on_vertices.shape[1])
-            factors = _rank_one_and_diagonal(matrix)
-            if factors is None:
-                _run(loops.mix, loops.parallel_mix, bounds, *map(_rows, (on_vertices, matrix, mixed)))
+            source, target, rows = map(_rows, (on_vertices, mixed, matrix))
+            factors = np.zeros((3, 1, rows.shape[1]), rows.dtype)
+            if loops.rank_one_and_diagonal(matrix.detach().numpy(), *factors):
+                _run(loops.mix_rank_one, loops.parallel_mix_rank_one, bounds, source, *factors, target)
             else:
-                arrays = map(_rows, (on_vertices, *factors, mixed))
-                _run(loops.mix_rank_one, loops.parallel_mix_rank_one, bounds, *arrays)
+                _run(loops.mix, loops.parallel_mix, bounds, source, rows, target)
         return mixed
 
     def inner(self, on_vertices: Tensor, other: Tensor) -> Tensor:
@@ -134,11 +134,12 @@ class NumbaLattice(Lattice):
         )
 
     def normalized(self, symmetric: bool) -> Self:  # noqa: D102
-        norms = self.blur(self.splat(self.splat_weights.new_ones(1, 1).expand(len(self.rows), 1)))
-        weights = self.slice_weights if symmetric else self.slice_weights.clone()
-        arrays = self.rows, self.vertex_of_row, self.first_columns, _rows(norms), symmetric, weights.numpy()
+        norms = self.blur(self.splat(self.splat_weights.new_ones(1, 1)))
+        weights = self.slice_weights if symmetric else empty(self.rows.shape, self.slice_weights.dtype)
+        arrays = self.rows, self.vertex_of_row, self.first_columns, _rows(norms), symmetric
+        views = self.slice_weights.numpy(), weights.numpy()
         bounds = _even_bounds(len(self.rows), self.rows.shape[1])
-        _run(build_loops.normalize, build_loops.parallel_normalize, bounds, *arrays)
+        _run(build_loops.normalize, build_loops.parallel_normalize, bounds, *arrays, *views)
         return replace(self, splat_weights=weights if symmetric else self.splat_weights, slice_weights=weights)
 
     def _to_slice(self, on_vertices: Tensor, energy: Tensor) -> tuple[np.ndarray, ...]:
@@ -279,19 +280,6 @@ def _find_chains(steps: np.ndarray, table: np.ndarray, unique: np.ndarray, first
     arrays = steps, table, unique, first_vertex, links, flags, chains, lengths
     _run(build_loops.find_chains, build_loops.parallel_find_chains, _parts(len(steps)), *arrays)
     return [chain[:length].copy() for chain, length in zip(chains, lengths, strict=True)]
-
-
-def _rank_one_and_diagonal(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """u, v, d (1, L) with matrix = u^T v + diag(d), where Potts compatibility, or its transpose, left it that form."""
-    others = torch.ones_like(matrix).fill_diagonal_(0)
-    ones = torch.ones_like(matrix[:1])
-    # One row, or column, from off the diagonal.
-    row = torch.cat([matrix[-1:, :-1], matrix[:1, -1:]], 1)
-    column = torch.cat([matrix[:-1, -1:], matrix[-1:, :1]], 0).T
-    for left, right in ((column, ones), (ones, row)):
-        if torch.equal(matrix * others, left.T * right * others):
-            return left, right, matrix.diagonal()[None] - left * right
-    return None
 
 
 def _band_bounds(lengths: Sequence[int]) -> np.ndarray:

@@ -23,11 +23,11 @@ _LOCK = Lock()
 _free: list[np.ndarray] = []  # the one returned last is last
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """As `torch.empty`; the memory comes back when neither the tensor nor any view of it is left."""
     size = prod(shape) * torch.empty(0, dtype=dtype).element_size()
-    if size < _SMALL:
-        return torch.empty(tuple(shape), dtype=dtype)
+    if size < _SMALL or torch.device(device).type != "cpu":
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
     memory = _take(size)
     owner = (ctypes.c_char * memory.nbytes).from_buffer(memory)  # what all views hold
     weakref.finalize(owner, _give_back, memory).atexit = False

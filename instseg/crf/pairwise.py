@@ -11,6 +11,7 @@ from torch import Tensor
 from instseg.config import KernelConfig
 from instseg.crf.exact import ExactKernels
 from instseg.crf.lattice import build_lattice
+from instseg.crf.memory import empty
 
 
 class Kernels(Protocol):
@@ -35,35 +36,43 @@ class Kernels(Protocol):
         ...
 
 
-def build_kernels(image: Tensor | Sequence[Tensor], config: KernelConfig) -> Kernels:
+def build_kernels(
+    image: Tensor | Sequence[Tensor], config: KernelConfig, dtype: torch.dtype | None = None
+) -> Kernels:
     """The spatial and the bilateral kernel of one image, or of a batch of images of any sizes.
 
     Args:
-        image: (H, W, 3) RGB on the scale 0..255, or several; its floating dtype becomes the kernels' (integers become
-            float32).
+        image: (H, W, 3) RGB on the scale 0..255, or several.
         config: Thetas, normalisation, accuracy.
+        dtype: Of the kernels; by default the image's, or float32 if that is an integer type.
 
     Raises:
         ValueError: If an image has another shape or values that are not finite, or an exact kernel would be too large.
     """
     images = [image] if isinstance(image, Tensor) else list(image)
-    spatial, bilateral = zip(*(_features(image, config) for image in images), strict=True)
-    lengths = [len(features) for features in spatial]
-    features = torch.cat(spatial), torch.cat(bilateral)
+    for image in images:
+        if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ValueError(f"image: expected shape (H, W, 3) with H, W >= 1, got {tuple(image.shape)}")
+    dtype = dtype or (images[0].dtype if images[0].is_floating_point() else torch.float32)
+    lengths = [image.shape[0] * image.shape[1] for image in images]
+    spatial, bilateral = (empty((sum(lengths), size), dtype, images[0].device) for size in (2, 5))
+    for image, *features in zip(images, spatial.split(lengths), bilateral.split(lengths), strict=True):
+        _fill_features(image, config, *features)
     if config.accuracy == "exact":
-        return ExactKernels.build(features, config.normalization, lengths)
-    return build_lattice(features, config.normalization, ring=config.accuracy == "ring", lengths=lengths)
+        return ExactKernels.build((spatial, bilateral), config.normalization, lengths)
+    return build_lattice((spatial, bilateral), config.normalization, ring=config.accuracy == "ring", lengths=lengths)
 
 
-def _features(image: Tensor, config: KernelConfig) -> tuple[Tensor, Tensor]:
+def _fill_features(image: Tensor, config: KernelConfig, spatial: Tensor, bilateral: Tensor) -> None:
     """(H*W, 2) and (H*W, 5): what the spatial and the bilateral kernel compare, in standard deviations."""
-    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(f"image: expected shape (H, W, 3) with H, W >= 1, got {tuple(image.shape)}")
-    image = image if image.is_floating_point() else image.float()
-    y, x = (torch.arange(size, dtype=image.dtype, device=image.device) for size in image.shape[:2])
-    position = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=2).reshape(-1, 2)
-    color = image.reshape(-1, 3) / config.theta_beta
-    return position / config.theta_gamma, torch.cat([position / config.theta_alpha, color], dim=1)
+    height, width = image.shape[:2]
+    y = torch.arange(height, dtype=spatial.dtype, device=spatial.device)[:, None]
+    x = torch.arange(width, dtype=spatial.dtype, device=spatial.device)
+    for features, theta in ((spatial, config.theta_gamma), (bilateral, config.theta_alpha)):
+        grid = features.view(height, width, -1)
+        grid[..., 0], grid[..., 1] = x / theta, y / theta
+    color = bilateral.view(height, width, 5)[..., 2:]
+    color.copy_(image).div_(config.theta_beta)
 
 
 def message_matrices(weights: Sequence[Tensor], compatibility: Tensor) -> Tensor:

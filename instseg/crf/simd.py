@@ -77,6 +77,18 @@ def element(typing_context: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic
+def set_element(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
+    """array.flat[index] = value, as `element`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(array)(context, builder, arguments[0]).data
+        builder.store(arguments[2], cgutils.gep(builder, data, arguments[1]))
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, array.dtype), generate
+
+
+@intrinsic
 def prefetch(typing_context: Any, array: Any, index: Any) -> Any:
     """Ask for the cache line of array.flat[index], ahead of its use."""
 
