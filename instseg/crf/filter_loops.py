@@ -252,31 +252,44 @@ def mix_rank_one(start, stop, values, left, right, diagonal, out):
 
 @compiled()
 def inner(start, stop, first, last, left, right, sums):
-    """sums[c] = left^T right over the c-th chunk of the rows from first to last."""
+    """sums[c] = left^T right over the c-th chunk of the rows from first to last, the padding included."""
     width = left.shape[1]
     for chunk in range(start, stop):
         low, high = first + chunk * CHUNK, min(first + (chunk + 1) * CHUNK, last)
         sums[chunk] = 0
         for block in range(low, high, BLOCK):
-            for label in range(sums.shape[1]):
-                lane, at = 0, (chunk * sums.shape[1] + label) * width
-                while lane + 24 <= width:
-                    a, b, c = load(sums, at + lane), load(sums, at + lane + 8), load(sums, at + lane + 16)
-                    for row in range(block * width, min(block + BLOCK, high) * width, width):
-                        w = element(left, row + label)
-                        a = multiply_add(a, w, load(right, row + lane))
-                        b = multiply_add(b, w, load(right, row + lane + 8))
-                        c = multiply_add(c, w, load(right, row + lane + 16))
-                    store(sums, at + lane, a)
-                    store(sums, at + lane + 8, b)
-                    store(sums, at + lane + 16, c)
-                    lane += 24
-                while lane < width:
-                    a = load(sums, at + lane)
-                    for row in range(block * width, min(block + BLOCK, high) * width, width):
-                        a = multiply_add(a, element(left, row + label), load(right, row + lane))
-                    store(sums, at + lane, a)
-                    lane += 8
+            num_rows = min(BLOCK, high - block)
+            for label in range(0, width, 8):
+                for lane in range(0, width, 8):
+                    _inner_8x8(block * width, num_rows, label, lane, left, right, (chunk * width + label) * width, sums)
+
+
+@compiled()
+def _inner_8x8(row, num_rows, label, lane, left, right, target, sums):
+    """Eight labels by eight, which stay in registers."""
+    width, to = left.shape[1], target + lane
+    a, b, c = load(sums, to), load(sums, to + width), load(sums, to + 2 * width)
+    d, e, f = load(sums, to + 3 * width), load(sums, to + 4 * width), load(sums, to + 5 * width)
+    g, h = load(sums, to + 6 * width), load(sums, to + 7 * width)
+    for _ in range(num_rows):
+        at, values = row + label, load(right, row + lane)
+        a = multiply_add(a, element(left, at), values)
+        b = multiply_add(b, element(left, at + 1), values)
+        c = multiply_add(c, element(left, at + 2), values)
+        d = multiply_add(d, element(left, at + 3), values)
+        e = multiply_add(e, element(left, at + 4), values)
+        f = multiply_add(f, element(left, at + 5), values)
+        g = multiply_add(g, element(left, at + 6), values)
+        h = multiply_add(h, element(left, at + 7), values)
+        row += width
+    store(sums, to, a)
+    store(sums, to + width, b)
+    store(sums, to + 2 * width, c)
+    store(sums, to + 3 * width, d)
+    store(sums, to + 4 * width, e)
+    store(sums, to + 5 * width, f)
+    store(sums, to + 6 * width, g)
+    store(sums, to + 7 * width, h)
 
 
 @compiled()

@@ -87,10 +87,10 @@ class NumbaLattice(Lattice):
         products = other.new_empty(len(self.kernels), num_labels, num_labels)
         for kernel, product in zip(self.kernels, products, strict=True):
             num_chunks = -(-(kernel.stop - kernel.start) // loops.CHUNK)
-            sums = np.empty((num_chunks, num_labels, left.shape[1]), left.dtype)
+            sums = np.empty((num_chunks, left.shape[1], left.shape[1]), left.dtype)
             arrays = kernel.start, kernel.stop, left, right, sums
             _run(loops.inner, loops.parallel_inner, _parts(num_chunks), *arrays)
-            product.numpy()[:] = sums.sum(0)[:, :num_labels]
+            product.numpy()[:] = sums.sum(0)[:num_labels, :num_labels]
         return products
 
     def slice(self, on_vertices: Tensor, energy: Tensor) -> Tensor:  # noqa: D102

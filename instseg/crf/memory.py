@@ -7,6 +7,7 @@ virtual machine often several times as long. Torch does the same for GPUs.
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
 from collections.abc import Sequence
 from math import prod
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 _SMALL = 1 << 20  # bytes below which the C library does well
-_KEPT = 1 << 28  # bytes kept at most
+_KEPT = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16  # bytes kept at most
 _HUGE_PAGE = 1 << 21
 _LOCK = Lock()
 _free: list[np.ndarray] = []  # the one returned last is last
