@@ -118,9 +118,9 @@ def _find(key, table):
 
 @compiled()
 def table_size(capacity):
-    """The power of two of which `capacity` keys fill half or less."""
+    """The power of two of which `capacity` keys fill two thirds or less."""
     size = 1 << 10
-    while size < 2 * capacity:
+    while 2 * size < 3 * capacity:
         size *= 2
     return size
 
@@ -160,7 +160,7 @@ def number_corners(start, stop, bands, features, scales, low, strides, tables, w
                         table[slot] = key, count
                         count += 1
                     numbers[first + p, c] = table[slot, 1]
-            if 2 * (count + _BLOCK * num_corners) > len(table):
+            if 3 * (count + _BLOCK * num_corners) > 2 * len(table):
                 table = _grow(of_band, count, _BLOCK * num_corners)
         runs[band] = end, end + count
         end += count
@@ -206,19 +206,19 @@ def add_ring(steps, table, unique, count):
                     unique[count] = key
                     table[slot] = key, count
                     count += 1
-        if 2 * (count + 2 * len(steps)) > len(table):
+        if 3 * (count + 2 * len(steps)) > 2 * len(table):
             table = _grow(unique, count, 2 * len(steps))
     return table, count
 
 
 @compiled()
-def find_chains(start, stop, steps, table, unique, first_vertex, links, flags, chains, lengths):
+def find_chains(start, stop, steps, table, unique, first_vertex, links, flags, first_links, chains, lengths):
     """For each direction from start to stop its chains of vertices one step apart, see `filter_loops.blur`.
 
-    `chains` (C+1, M) receives them and `lengths` (C+1,) how many vertices are in them; `links` and `flags` are scratch.
+    `chains` (C+1, M) receives them and `lengths` (C+1,) how many vertices are in them; the rest is scratch.
     """
     count = chains.shape[1]
-    after, starts = links[start], flags[start]  # the first of the flags is of no vertex
+    after, starts, firsts = links[start], flags[start], first_links[start]  # the first of the flags is of no vertex
     for direction in range(start, stop):
         starts[:] = True
         for vertex in range(count):
@@ -226,15 +226,17 @@ def find_chains(start, stop, steps, table, unique, first_vertex, links, flags, c
                 prefetch(table, 2 * _home(unique[vertex + _AHEAD] + steps[direction], table))
             after[vertex] = table[_find(unique[vertex] + steps[direction], table), 1]  # of an empty slot: -1
             starts[after[vertex] + 1] = False
-        at = 0
-        for vertex in range(count):
-            if starts[vertex + 1] and after[vertex] >= 0:
-                link = np.int32(vertex)
-                while link >= 0:
-                    chains[direction, at] = link + first_vertex
-                    at += 1
-                    link = after[link]
-                chains[direction, at - 1] = ~chains[direction, at - 1]
+        num_chains = at = 0
+        for vertex in range(count):  # no jump here either
+            firsts[num_chains] = vertex
+            num_chains += starts[vertex + 1] & (after[vertex] >= 0)
+        for chain in range(num_chains):
+            link = firsts[chain]
+            while link >= 0:
+                chains[direction, at] = link + first_vertex
+                at += 1
+                link = after[link]
+            chains[direction, at - 1] = ~chains[direction, at - 1]
         lengths[direction] = at
 
 

@@ -115,31 +115,39 @@ def scatter(start, stop, bands, runs, rows, weights, values, sums):
 
 
 @compiled()
-def combine(start, stop, offsets, spilled, sums):
-    """Add to each vertex the rows that further bands have for it, in the order of the bands."""
+def combine(start, stop, vertices, spilled, sums):
+    """Add the `spilled` rows to those of their `vertices`, which are in order, and so are the bands of each.
+
+    This takes the vertices that begin between start and stop.
+    """
     width = sums.shape[1]
-    for v in range(start, stop):
-        if offsets[v] == offsets[v + 1]:
-            continue
+    while 0 < start < len(vertices) and vertices[start] == vertices[start - 1]:
+        start += 1
+    while stop < len(vertices) and vertices[stop] == vertices[stop - 1]:
+        stop += 1
+    for k in range(start, stop):
+        row, more = element(vertices, k) * width, element(spilled, k) * width
         for lane in range(0, width, 8):
-            total = load(sums, v * width + lane)
-            for k in range(offsets[v], offsets[v + 1]):
-                total = add(total, load(sums, element(spilled, k) * width + lane))
-            store(sums, v * width + lane, total)
+            store(sums, row + lane, add(load(sums, row + lane), load(sums, more + lane)))
 
 
 @compiled()
-def blur(start, stop, chains, values):
-    """Each row plus half of both neighbours in one direction, in place.
+def blur(start, stop, directions, chains, values):
+    """Each row plus half of both neighbours, in one direction after the other, in place; from start = 0 to stop = 1.
 
-    `chains` lists rows that are next to each other one after the other, the last of each chain as its complement. Rows
-    with no neighbour are in none. This takes the chains that begin between start and stop.
+    `chains` lists rows that are next to each other one after the other, the last of each chain as its complement, and
+    rows without a neighbour not at all. `directions` (D, 2) says from where to where each direction's are.
     """
+    for direction in range(len(directions)):
+        _blur_chains(directions[direction, 0], directions[direction, 1], chains, values)
+
+
+@compiled()
+def _blur_chains(start, stop, chains, values):
+    """Those that begin between start and stop, where a chain ends before the former or it is the first."""
     width, at = values.shape[1], start
-    while 0 < at < stop and element(chains, at - 1) >= 0:
-        at += 1
     while at < stop:
-        end = at + 1
+        end = min(at + BLOCK, stop)
         while element(chains, end - 1) >= 0:
             end += 1
         lane = 0
@@ -153,37 +161,49 @@ def blur(start, stop, chains, values):
 
 
 @compiled()
+def _next_chain(at, first, chains):
+    """The first place from `at` on where a chain begins or the list, which begins at `first`, ends."""
+    while first < at < len(chains) and element(chains, at - 1) >= 0:
+        at += 1
+    return at
+
+
+@compiled()
 def _blur_24(first, end, lane, chains, values):
-    width, half = values.shape[1], values.dtype.type(0.5)
-    a = b = c = broadcast(values.dtype.type(0))
-    row = element(chains, first) * width + lane
+    """Whole chains. What links a row to the next is 0 after the last, so that nothing jumps there."""
+    width, half, none = values.shape[1], values.dtype.type(0.5), values.dtype.type(0)
+    a = b = c = broadcast(none)
+    before = none
+    vertex = element(chains, first)
+    row = (vertex ^ (vertex >> 31)) * width + lane
     d, e, f = load(values, row), load(values, row + 8), load(values, row + 16)
-    for k in range(first + 1, end):
-        vertex = element(chains, k)
-        following = (vertex if vertex >= 0 else ~vertex) * width + lane
+    for k in range(first + 1, end + 1):
+        after = none if vertex < 0 else half
+        vertex = element(chains, min(k, end - 1))
+        following = (vertex ^ (vertex >> 31)) * width + lane
         g, h, i = load(values, following), load(values, following + 8), load(values, following + 16)
-        store(values, row, multiply_add(d, half, add(a, g)))
-        store(values, row + 8, multiply_add(e, half, add(b, h)))
-        store(values, row + 16, multiply_add(f, half, add(c, i)))
-        a, b, c, d, e, f, row = d, e, f, g, h, i, following
-    store(values, row, multiply_add(d, half, a))
-    store(values, row + 8, multiply_add(e, half, b))
-    store(values, row + 16, multiply_add(f, half, c))
+        store(values, row, multiply_add(multiply_add(d, before, a), after, g))
+        store(values, row + 8, multiply_add(multiply_add(e, before, b), after, h))
+        store(values, row + 16, multiply_add(multiply_add(f, before, c), after, i))
+        a, b, c, d, e, f, row, before = d, e, f, g, h, i, following, after
 
 
 @compiled()
 def _blur_8(first, end, lane, chains, values):
-    width, half = values.shape[1], values.dtype.type(0.5)
-    before = broadcast(values.dtype.type(0))
-    row = element(chains, first) * width + lane
+    """As `_blur_24`."""
+    width, half, none = values.shape[1], values.dtype.type(0.5), values.dtype.type(0)
+    last = broadcast(none)
+    before = none
+    vertex = element(chains, first)
+    row = (vertex ^ (vertex >> 31)) * width + lane
     here = load(values, row)
-    for k in range(first + 1, end):
-        vertex = element(chains, k)
-        following = (vertex if vertex >= 0 else ~vertex) * width + lane
-        after = load(values, following)
-        store(values, row, multiply_add(here, half, add(before, after)))
-        before, here, row = here, after, following
-    store(values, row, multiply_add(here, half, before))
+    for k in range(first + 1, end + 1):
+        after = none if vertex < 0 else half
+        vertex = element(chains, min(k, end - 1))
+        following = (vertex ^ (vertex >> 31)) * width + lane
+        there = load(values, following)
+        store(values, row, multiply_add(multiply_add(here, before, last), after, there))
+        last, here, row, before = here, there, following, after
 
 
 @compiled()
@@ -373,9 +393,13 @@ def parallel_combine(bounds, *arguments):
 
 
 @compiled(parallel=True)
-def parallel_blur(bounds, *arguments):
-    for part in prange(len(bounds) - 1):
-        blur(bounds[part], bounds[part + 1], *arguments)
+def parallel_blur(bounds, directions, chains, values):
+    for direction in range(len(directions)):
+        first, length = directions[direction, 0], directions[direction, 1] - directions[direction, 0]
+        for part in prange(len(bounds) - 1):
+            start = _next_chain(first + np.int64(length * bounds[part]), first, chains)
+            stop = _next_chain(first + np.int64(length * bounds[part + 1]), first, chains)
+            _blur_chains(start, stop, chains, values)
 
 
 @compiled(parallel=True)

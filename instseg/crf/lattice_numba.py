@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from threading import Lock
 from typing import Any, Self
 
@@ -41,9 +42,9 @@ class NumbaLattice(Lattice):
         runs: (B, 2K, 2) int64, from where to where each band's own rows go: vertices and spilled rows of each kernel.
         rows: (N, C) int32, to which row each point adds for each corner of its simplices.
         vertex_of_row: (R,) int32.
-        offsets: (M+1,) int32, where each vertex's run of spilled rows starts.
-        spilled: (R - M,) int32, the spilled rows of vertex 0, then those of vertex 1, ...
-        chains: For each direction, of all kernels, a list of rows next to each other.
+        spilled: (2, R - M) int32, vertices in order, and the spilled row that is to be added to each.
+        directions: (D, 2) int64, from where to where `chains` is about each direction, of all kernels.
+        chains: int32, see `filter_loops.blur`.
     """
 
     first_columns: np.ndarray
@@ -51,9 +52,9 @@ class NumbaLattice(Lattice):
     runs: np.ndarray
     rows: np.ndarray
     vertex_of_row: np.ndarray
-    offsets: np.ndarray
     spilled: np.ndarray
-    chains: tuple[np.ndarray, ...]
+    directions: np.ndarray
+    chains: np.ndarray
 
     def splat(self, values: Tensor) -> Tensor:  # noqa: D102 (the base class says it)
         sums = self._new_vertices(values)
@@ -62,9 +63,9 @@ class NumbaLattice(Lattice):
         return self._combine(sums)
 
     def blur(self, on_vertices: Tensor) -> Tensor:  # noqa: D102
-        values = _rows(on_vertices)
-        for chains in self.chains:
-            _run(loops.blur, loops.parallel_blur, _even_bounds(len(chains), values.shape[1]), chains, values)
+        parts = _even_bounds(len(self.chains), on_vertices.shape[1])
+        fractions = parts / max(1, len(self.chains))
+        _run(loops.blur, loops.parallel_blur, fractions, self.directions, self.chains, _rows(on_vertices))
         return on_vertices
 
     def mix(self, on_vertices: Tensor, matrices: Tensor, overwrite: bool = False) -> Tensor:  # noqa: D102
@@ -72,12 +73,12 @@ class NumbaLattice(Lattice):
         mixed = on_vertices if overwrite else self._new_vertices(on_vertices)
         for kernel, matrix in zip(self.kernels, matrices, strict=True):
             bounds = kernel.start + _even_bounds(kernel.stop - kernel.start, on_vertices.shape[1])
-            source, target, rows = map(_rows, (on_vertices, mixed, matrix))
-            factors = np.zeros((3, 1, rows.shape[1]), rows.dtype)
+            source, target = _rows(on_vertices), _rows(mixed)
+            factors = np.zeros((3, 1, source.shape[1]), source.dtype)
             if loops.rank_one_and_diagonal(matrix.detach().numpy(), *factors):
                 _run(loops.mix_rank_one, loops.parallel_mix_rank_one, bounds, source, *factors, target)
             else:
-                _run(loops.mix, loops.parallel_mix, bounds, source, rows, target)
+                _run(loops.mix, loops.parallel_mix, bounds, source, _rows(matrix), target)
         return mixed
 
     def inner(self, on_vertices: Tensor, other: Tensor) -> Tensor:
@@ -129,9 +130,8 @@ class NumbaLattice(Lattice):
         return self._combine(sums)
 
     def adjoint(self) -> Self:  # noqa: D102
-        return replace(
-            self, splat_weights=self.slice_weights, slice_weights=self.splat_weights, chains=self.chains[::-1]
-        )
+        directions = self.directions[::-1].copy()
+        return replace(self, splat_weights=self.slice_weights, slice_weights=self.splat_weights, directions=directions)
 
     def normalized(self, symmetric: bool) -> Self:  # noqa: D102
         norms = self.blur(self.splat(self.splat_weights.new_ones(1, 1)))
@@ -146,8 +146,8 @@ class NumbaLattice(Lattice):
         return self.rows, self.vertex_of_row, self.slice_weights.numpy(), _rows(on_vertices), _rows(energy)
 
     def _combine(self, sums: Tensor) -> Tensor:
-        bounds = _even_bounds(len(self.offsets) - 1, sums.shape[1])
-        _run(loops.combine, loops.parallel_combine, bounds, self.offsets, self.spilled, _rows(sums))
+        bounds = _even_bounds(self.spilled.shape[1], sums.shape[1])
+        _run(loops.combine, loops.parallel_combine, bounds, *self.spilled, _rows(sums))
         return sums
 
     def _new_vertices(self, like: Tensor) -> Tensor:
@@ -197,7 +197,11 @@ def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> Num
         _run(build_loops.renumber, build_loops.parallel_renumber, parts, image_bands, *arrays, stop, corners)
     runs[:, 1::2] += stop
     vertex_of_spilled = np.concatenate(spilled)
-    offsets = np.concatenate([[0], np.bincount(vertex_of_spilled, minlength=stop).cumsum()]).astype(np.int32)
+    starts = np.concatenate([[0], np.bincount(vertex_of_spilled, minlength=stop).cumsum()])
+    order = build_loops.sort_by_vertex(vertex_of_spilled, starts)
+    all_chains = empty((sum(len(part) for parts in chains for part in parts),), torch.int32).numpy()
+    np.concatenate([part for parts in chains for part in parts], out=all_chains)
+    ends = np.cumsum([0, *(sum(map(len, parts)) for parts in chains)])
     return NumbaLattice(
         kernels=tuple(kernels),
         splat_weights=weights,
@@ -207,9 +211,9 @@ def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> Num
         runs=runs,
         rows=rows,
         vertex_of_row=np.concatenate([np.arange(stop, dtype=np.int32), vertex_of_spilled]),
-        offsets=offsets,
-        spilled=stop + build_loops.sort_by_vertex(vertex_of_spilled, offsets),
-        chains=tuple(np.concatenate(chain) for chain in chains),
+        spilled=np.stack([vertex_of_spilled[order], stop + order]),
+        directions=np.stack([ends[:-1], ends[1:]], 1),
+        chains=all_chains,
     )
 
 
@@ -274,12 +278,12 @@ def _number_corners(
 
 def _find_chains(steps: np.ndarray, table: np.ndarray, unique: np.ndarray, first_vertex: int) -> list[np.ndarray]:
     """The chains of each direction, see `filter_loops.blur`."""
-    links, chains = empty((2, len(steps), len(unique)), torch.int32).numpy()
+    links, firsts, chains = empty((3, len(steps), len(unique)), torch.int32).numpy()
     flags = empty((len(steps), len(unique) + 1), torch.bool).numpy()
     lengths = np.empty(len(steps), np.int64)
-    arrays = steps, table, unique, first_vertex, links, flags, chains, lengths
+    arrays = steps, table, unique, first_vertex, links, flags, firsts, chains, lengths
     _run(build_loops.find_chains, build_loops.parallel_find_chains, _parts(len(steps)), *arrays)
-    return [chain[:length].copy() for chain, length in zip(chains, lengths, strict=True)]
+    return [chain[:length] for chain, length in zip(chains, lengths, strict=True)]
 
 
 def _band_bounds(lengths: Sequence[int]) -> np.ndarray:
@@ -294,13 +298,17 @@ def _band_bounds(lengths: Sequence[int]) -> np.ndarray:
 
 def _parts(count: int) -> np.ndarray:
     """Where equal parts of a few large things start and stop, one for each thread of torch."""
-    return np.linspace(0, count, min(count, torch.get_num_threads()) + 1).round().astype(np.int64)
+    return _bounds(count, min(count, torch.get_num_threads()))
 
 
 def _even_bounds(num_rows: int, row_length: int) -> np.ndarray:
     """Where equal parts of some rows start and stop: one for each thread of torch, or a single one of little work."""
-    num_parts = torch.get_num_threads() if num_rows * row_length > _SMALL else 1
-    return np.linspace(0, num_rows, num_parts + 1).astype(np.int64)
+    return _bounds(num_rows, torch.get_num_threads() if num_rows * row_length > _SMALL else 1)
+
+
+@lru_cache(64)  # asked for in every step
+def _bounds(count: int, num_parts: int) -> np.ndarray:
+    return np.linspace(0, count, num_parts + 1).round().astype(np.int64)
 
 
 def _run(serial: Callable[..., None], parallel: Callable[..., None], bounds: np.ndarray, *arguments: Any) -> None:

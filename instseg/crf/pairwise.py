@@ -36,9 +36,7 @@ class Kernels(Protocol):
         ...
 
 
-def build_kernels(
-    image: Tensor | Sequence[Tensor], config: KernelConfig, dtype: torch.dtype | None = None
-) -> Kernels:
+def build_kernels(image: Tensor | Sequence[Tensor], config: KernelConfig, dtype: torch.dtype | None = None) -> Kernels:
     """The spatial and the bilateral kernel of one image, or of a batch of images of any sizes.
 
     Args:

@@ -31,6 +31,13 @@ _LARGE = np.float32(1e30)
 def softmax_block(num_rows, num_labels, block, factors):
     """block[p] = softmax(-block[p]), float32; `factors` (BLOCK,) is scratch."""
     width = block.shape[1]
+    if width == 8:
+        for at in range(0, num_rows * width, width):
+            energy = keep_first(load(block, at), num_labels, _LARGE)
+            lowest = broadcast(reduce_minimum(energy) * _LOG2_E)
+            power = exp2(multiply_add(lowest, -_LOG2_E, energy))
+            store(block, at, multiply(power, broadcast(np.float32(1) / reduce_add(power))))
+        return
     for p in range(num_rows):
         last = (p + 1) * width - 8
         lowest = keep_first(load(block, last), num_labels - width + 8, _LARGE)
