@@ -116,6 +116,37 @@ def store(typing_context: Any, array: Any, index: Any, vector: Any) -> Any:
     return types.none(array, types.intp, vector), generate
 
 
+def _column(context: Any, builder: Any, array: Any, data: Any, index: Any) -> list[Any]:
+    """Pointers to the eight elements from `index` on that are `LANES` apart."""
+    pointer = context.make_array(array)(context, builder, data).data
+    return [cgutils.gep(builder, pointer, builder.add(index, index.type(LANES * lane))) for lane in range(LANES)]
+
+
+@intrinsic
+def load_column(typing_context: Any, array: Any, index: Any) -> Any:
+    """array.flat[index : index + 64 : 8]."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vector = ir.Constant(_vector_type(array.dtype), ir.Undefined)
+        for lane, pointer in enumerate(_column(context, builder, array, *arguments)):
+            vector = builder.insert_element(vector, builder.load(pointer), ir.IntType(32)(lane))
+        return vector
+
+    return Vector(array.dtype)(array, types.intp), generate
+
+
+@intrinsic
+def store_column(typing_context: Any, array: Any, index: Any, vector: Any) -> Any:
+    """array.flat[index : index + 64 : 8] = vector."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        for lane, pointer in enumerate(_column(context, builder, array, *arguments[:2])):
+            builder.store(builder.extract_element(arguments[2], ir.IntType(32)(lane)), pointer)
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, vector), generate
+
+
 @intrinsic
 def broadcast(typing_context: Any, scalar: Any) -> Any:
     """Eight times a scalar."""
@@ -155,6 +186,7 @@ def _lower(builder: Any, a: Any, b: Any) -> Any:
 add = _elementwise("add", lambda builder, a, b: builder.fadd(a, b, flags=_FLAGS))
 subtract = _elementwise("subtract", lambda builder, a, b: builder.fsub(a, b, flags=_FLAGS))
 multiply = _elementwise("multiply", lambda builder, a, b: builder.fmul(a, b, flags=_FLAGS))
+divide = _elementwise("divide", lambda builder, a, b: builder.fdiv(a, b, flags=_FLAGS))
 minimum = _elementwise("minimum", _lower)
 
 

@@ -9,34 +9,34 @@ from instseg.crf.simd import (
     add,
     broadcast,
     compiled,
+    divide,
     exp2,
     flush,
     keep_first,
     load,
+    load_column,
     minimum,
     multiply,
     multiply_add,
     reduce_add,
     reduce_minimum,
     store,
+    store_column,
     subtract,
 )
 
 BLOCK = 64  # pixels that a loop carries through all its steps in the first-level cache
 _LOG2_E = np.float32(1.4426950408889634)
 _LARGE = np.float32(1e30)
+_FEW = 4  # labels up to which transposing pays
 
 
 @compiled()
 def softmax_block(num_rows, num_labels, block, factors):
     """block[p] = softmax(-block[p]), float32; `factors` (BLOCK,) is scratch."""
     width = block.shape[1]
-    if width == 8:
-        for at in range(0, num_rows * width, width):
-            energy = keep_first(load(block, at), num_labels, _LARGE)
-            lowest = broadcast(reduce_minimum(energy) * _LOG2_E)
-            power = exp2(multiply_add(lowest, -_LOG2_E, energy))
-            store(block, at, multiply(power, broadcast(np.float32(1) / reduce_add(power))))
+    if num_labels <= _FEW:
+        _softmax_of_few(num_rows, num_labels, block)
         return
     for p in range(num_rows):
         last = (p + 1) * width - 8
@@ -57,6 +57,38 @@ def softmax_block(num_rows, num_labels, block, factors):
         factor = broadcast(factors[p])
         for lane in range(p * width, (p + 1) * width, 8):
             store(block, lane, multiply(load(block, lane), factor))
+
+
+@compiled()
+def _softmax_of_few(num_rows, num_labels, block):
+    """The same for rows of one vector: eight rows at a time, label by label."""
+    labels = np.empty((_FEW, 8), np.float32)
+    rest = np.zeros((8, 8), np.float32)
+    whole = num_rows - num_rows % 8
+    for row in range(0, whole, 8):
+        _softmax_of_eight(row, num_labels, block, labels)
+    for row in range(whole, num_rows):
+        store(rest, (row - whole) * 8, load(block, row * 8))
+    _softmax_of_eight(0, num_labels, rest, labels)
+    for row in range(whole, num_rows):
+        store(block, row * 8, load(rest, (row - whole) * 8))
+
+
+@compiled()
+def _softmax_of_eight(row, num_labels, block, labels):
+    lowest = broadcast(_LARGE)
+    for label in range(num_labels):
+        energy = load_column(block, row * 8 + label)
+        store(labels, label * 8, energy)
+        lowest = minimum(lowest, energy)
+    total = broadcast(np.float32(0))
+    for label in range(num_labels):
+        power = exp2(multiply(broadcast(_LOG2_E), subtract(lowest, load(labels, label * 8))))
+        store(labels, label * 8, power)
+        total = add(total, power)
+    factor = divide(broadcast(np.float32(1)), total)
+    for label in range(num_labels):
+        store_column(block, row * 8 + label, multiply(load(labels, label * 8), factor))
 
 
 @compiled()
