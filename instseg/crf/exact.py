@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,51 +14,89 @@ from torch.autograd.function import once_differentiable
 from instseg.config import Normalization
 from instseg.crf.lattice import check_features
 
-_BLOCK_ELEMENTS = 1 << 24  # entries of the kernel that exist at a time
+_BLOCK_ELEMENTS = 1 << 24  # entries of a kernel that are computed at a time
+_KEPT = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8  # bytes of kernels that are kept
+
+
+class _Kernel:
+    """The symmetric matrix exp(-|f_i - f_j|^2 / 2), in blocks of rows, which are kept where `keep` says so.
+
+    Args:
+        features: (N, C), in standard deviations.
+        lengths: The numbers of points of the images, which do not see each other.
+        keep: Whether to compute it once for all.
+    """
+
+    def __init__(self, features: Tensor, lengths: Sequence[int], keep: bool) -> None:
+        self._features, self._lengths = features, lengths
+        self._kept = list(self._compute()) if keep else None
+
+    def __matmul__(self, values: Tensor) -> Tensor:
+        product = torch.empty_like(values)
+        for rows, columns, block in self._kept or self._compute():
+            torch.mm(block, values[columns], out=product[rows])
+        return product
+
+    def _compute(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Blocks, with their rows and columns: the latter are the points of one image."""
+        start = 0
+        for length in self._lengths:
+            columns = slice(start, start + length)
+            size = max(1, _BLOCK_ELEMENTS // length)
+            for first in range(start, columns.stop, size):
+                rows = slice(first, min(first + size, columns.stop))
+                # Squared distances as sums of squares of differences: the faster product formula cancels.
+                points, others = self._features[rows], self._features[columns]
+                distance = torch.cdist(points, others, compute_mode="donot_use_mm_for_euclid_dist")
+                yield rows, columns, distance.square_().mul_(-0.5).exp_()
+            start += length
 
 
 @dataclass(frozen=True)
 class ExactKernels:
-    """sum_j exp(-|f_i - f_j|^2 / 2) q_j, computed block by block in every iteration.
+    """The exact kernels of one or several images.
 
     Attributes:
-        features: For each kernel (N, C_m), in standard deviations.
-        lengths: The numbers of points of the images, which do not see each other.
-        scales: For each kernel (N, 1) before and (N, 1) after filtering.
+        kernels: One matrix for each.
+        scales: For each (N, 1) before and (N, 1) after filtering.
     """
 
-    features: Sequence[Tensor]
-    lengths: Sequence[int]
+    kernels: Sequence[_Kernel]
     scales: Sequence[tuple[Tensor, Tensor]]
 
     @classmethod
     def build(cls, features: Sequence[Tensor], normalization: Normalization, lengths: Sequence[int]) -> ExactKernels:
-        """The kernels, normalised as `build_lattice` says.
+        """The kernels, normalised as `build_lattice` says; computed in every iteration where memory is short.
 
         Raises:
             ValueError: If features are not finite, or there are no points.
         """
-        scales = []
-        for kernel in features:
-            check_features(kernel)
-            one = torch.ones_like(kernel[:, :1])
-            norm = one if normalization == "none" else _filter(kernel, one, lengths)
+        size = len(features) * sum(length**2 for length in lengths) * features[0].element_size()
+        kernels, scales = [], []
+        for points in features:
+            check_features(points)
+            kernels.append(_Kernel(points, lengths, keep=size <= _KEPT))
+            one = torch.ones_like(points[:, :1])
+            norm = one if normalization == "none" else kernels[-1] @ one
             root = norm.rsqrt()
             scales.append((root, root) if normalization == "symmetric" else (one, norm.reciprocal()))
-        return cls(features, lengths, scales)
+        return cls(kernels, scales)
 
     def energy(self, q: Tensor, energy: Tensor, matrices: Tensor) -> Tensor:
         """See `Kernels.energy`."""
-        for kernel, (before, after), matrix in zip(self.features, self.scales, matrices, strict=True):
-            energy = energy + (_Filter.apply(q * before, kernel, self.lengths) * after) @ matrix  # pyright: ignore
+        for kernel, (before, after), matrix in zip(self.kernels, self.scales, matrices, strict=True):
+            energy = energy + (_Filter.apply(q * before, kernel) * after) @ matrix  # pyright: ignore
         return energy
 
     def update(self, q: Tensor, energy: Tensor, matrices: Tensor) -> Tensor:
         """See `Kernels.update`."""
         return (-self.energy(q, energy, matrices)).softmax(1)
 
-    def infer(self, energy: Tensor, matrices: Tensor, num_iterations: int, normalize: bool) -> Tensor:
+    def infer(
+        self, energy: Tensor, matrices: Tensor, num_iterations: int, normalize: bool, overwrite: bool = False
+    ) -> Tensor:
         """See `Kernels.infer`."""
+        del overwrite
         q = (-energy).softmax(1)
         for _ in range(num_iterations - 1):
             q = self.update(q, energy, matrices)
@@ -65,31 +104,14 @@ class ExactKernels:
 
 
 class _Filter(torch.autograd.Function):
-    """A symmetric operator, so its own adjoint: no block of it is kept for the backward pass."""
+    """A symmetric operator, so its own adjoint."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, features: Tensor, lengths: Sequence[int]) -> Tensor:
-        ctx.features, ctx.lengths = features, lengths
-        return _filter(features, values, lengths)
+    def forward(ctx: Any, values: Tensor, kernel: _Kernel) -> Tensor:
+        ctx.kernel = kernel
+        return kernel @ values
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _filter(ctx.features, grad_outputs[0], ctx.lengths), None, None
-
-
-def _filter(features: Tensor, values: Tensor, lengths: Sequence[int]) -> Tensor:
-    filtered = torch.empty_like(values)
-    for image_features, image_values, out in zip(
-        features.split(list(lengths)), values.split(list(lengths)), filtered.split(list(lengths)), strict=True
-    ):
-        for rows in _blocks(len(image_features)):
-            # Squared distances as sums of squares of differences: the faster product formula cancels.
-            distance = torch.cdist(image_features[rows], image_features, compute_mode="donot_use_mm_for_euclid_dist")
-            torch.mm(distance.square_().mul_(-0.5).exp_(), image_values, out=out[rows])
-    return filtered
-
-
-def _blocks(num_points: int) -> Iterator[slice]:
-    size = max(1, _BLOCK_ELEMENTS // num_points)
-    yield from (slice(start, min(start + size, num_points)) for start in range(0, num_points, size))
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.kernel @ grad_outputs[0], None

@@ -51,12 +51,10 @@ class PairwiseTerm(NamedTuple):
         return self.kernels.energy(q, torch.zeros_like(q), self.matrices)
 
     def marginals(self, unary: Tensor, num_iterations: int) -> Tensor:
-        """`mean_field(...).q` (N, L) without detections, in less memory."""
-        return (
-            self.kernels.infer(unary, self.matrices, num_iterations, normalize=True)
-            if num_iterations
-            else softmax(unary)
-        )
+        """`mean_field(...).q` (N, L) without detections, in less memory; may overwrite `unary` without gradients."""
+        if num_iterations == 0:
+            return softmax(unary)
+        return self.kernels.infer(unary, self.matrices, num_iterations, normalize=True, overwrite=True)
 
 
 def mean_field(

@@ -28,10 +28,12 @@ class Kernels(Protocol):
         """softmax(-energy(...)) (N, L)."""
         ...
 
-    def infer(self, energy: Tensor, matrices: Tensor, num_iterations: int, normalize: bool) -> Tensor:
+    def infer(
+        self, energy: Tensor, matrices: Tensor, num_iterations: int, normalize: bool, overwrite: bool = False
+    ) -> Tensor:
         """The energies (N, L) after `num_iterations` >= 1 steps from softmax(-energy), with the same `energy` in each.
 
-        With `normalize` their softmax(-...).
+        With `normalize` their softmax(-...), which may `overwrite` the energy where no gradient is needed.
         """
         ...
 
