@@ -26,7 +26,9 @@ class DenseKernels:
     def update(self, q: Tensor, energy: Tensor, matrices: Tensor) -> Tensor:
         return (-self.energy(q, energy, matrices)).softmax(1)
 
-    def infer(self, energy: Tensor, matrices: Tensor, num_iterations: int, normalize: bool) -> Tensor:
+    def infer(
+        self, energy: Tensor, matrices: Tensor, num_iterations: int, normalize: bool, overwrite: bool = False
+    ) -> Tensor:
         q = (-energy).softmax(1)
         for _ in range(num_iterations - 1):
             q = self.update(q, energy, matrices)

@@ -50,9 +50,9 @@ def test_imports_respect_the_layers(path):
 def test_crf_needs_torch_and_numpy_alone():
     """Numba and triton are imported by their own backends only, which plain torch replaces where there is neither."""
     allowed = {"torch", "numpy", "instseg", *sys.stdlib_module_names}
-    compiled = ("lattice_numba.py", "filter_loops.py", "softmax_loops.py", "build_loops.py", "simd.py")
-    optional = {name: {"numba", "llvmlite"} for name in compiled} | {"lattice_triton.py": {"triton"}}
-    for path in (REPOSITORY / "instseg" / "crf").glob("*.py"):
+    compiled = ("filter_loops.py", "softmax_loops.py", "build_loops.py", "simd.py", "threads.py")
+    optional = {name: {"numba", "llvmlite"} for name in compiled} | {"triton_backend.py": {"triton"}}
+    for path in (REPOSITORY / "instseg" / "crf").rglob("*.py"):
         assert {name.split(".")[0] for name in imports(path)} <= allowed | optional.get(path.name, set()), path
 
 

@@ -8,9 +8,8 @@ the expected energy by Q_i(l), and an update is log Q_i(l) = -(unary energy) - s
 Dimension letters: N pixels (row-major), L labels, D detections, C features, M lattice vertices. Marginals are
 pixel-major (N, L), so that filters and softmax read contiguous rows. Images are RGB 0..255.
 
-    lattice.py      permutohedral lattice                  Adams et al. 2010
-                    its backends: lattice_numba.py on CPUs (with build_loops.py, filter_loops.py, simd.py),
-                    lattice_triton.py on GPUs, lattice_torch.py anywhere
+    lattice/        permutohedral lattice                  Adams et al. 2010
+                    with its backends for CPUs, for GPUs, and in plain torch for anywhere
     exact.py        the kernels by brute force
     pairwise.py     k(i, j), normalisation, compatibility  section 3.1
     detection.py    psi_d and the latent Y_d               Eq. 2-3

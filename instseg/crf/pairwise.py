@@ -11,7 +11,7 @@ from torch import Tensor
 from instseg.config import KernelConfig
 from instseg.crf.exact import ExactKernels
 from instseg.crf.lattice import build_lattice
-from instseg.crf.memory import empty
+from instseg.crf.lattice.memory import empty
 
 
 class Kernels(Protocol):

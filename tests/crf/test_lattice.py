@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from instseg.crf import lattice as lattice_module
 from instseg.crf.lattice import Lattice, build_lattice
-from instseg.crf.lattice_numba import NumbaLattice
-from instseg.crf.lattice_torch import _elevate
+from instseg.crf.lattice import base as lattice_module
+from instseg.crf.lattice.numba_lattice import NumbaLattice
+from instseg.crf.lattice.torch_backend import _elevate
 from tests.oracles import gaussian_kernel
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -47,9 +47,9 @@ def message(lattice: Lattice, values: torch.Tensor, *weights: float) -> torch.Te
     return lattice.energy(values, torch.zeros_like(values), matrices)
 
 
-@pytest.fixture(params=["lattice_numba", "lattice_torch"])
+@pytest.fixture(params=["numba_backend", "torch_backend"])
 def backend(request, monkeypatch):
-    module = import_module(f"instseg.crf.{request.param}")
+    module = import_module(f"instseg.crf.lattice.{request.param}")
     monkeypatch.setattr(lattice_module, "_backend", lambda device: module)
     return module
 
@@ -95,8 +95,8 @@ def test_backends_agree(normalization, ring, monkeypatch):
     values, energy = random_values(720, 5), random_values(720, 5, seed=1)
     matrices = random_values(2, 5, 5, seed=2)
     results = []
-    for name in ("lattice_numba", "lattice_torch"):
-        module = import_module(f"instseg.crf.{name}")
+    for name in ("numba_backend", "torch_backend"):
+        module = import_module(f"instseg.crf.lattice.{name}")
         monkeypatch.setattr(lattice_module, "_backend", lambda device, module=module: module)
         lattice = build_lattice(both(), normalization, ring=ring)
         single = build_lattice([f.float() for f in both()], normalization, ring=ring)

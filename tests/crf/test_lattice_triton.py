@@ -13,14 +13,13 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
-from instseg.crf import lattice as lattice_module
-from instseg.crf import lattice_torch
-from instseg.crf.lattice import Lattice, build_lattice, zeros
-from instseg.crf.lattice_torch import TorchLattice
+from instseg.crf.lattice import Lattice, build_lattice, torch_backend, zeros
+from instseg.crf.lattice import base as lattice_module
+from instseg.crf.lattice.torch_backend import TorchLattice
 from tests.crf.test_lattice import both, message, positions, random_values
 
-lattice_triton = pytest.importorskip(
-    "instseg.crf.lattice_triton", reason="triton is not installed", exc_type=ImportError
+triton_backend = pytest.importorskip(
+    "instseg.crf.lattice.triton_backend", reason="triton is not installed", exc_type=ImportError
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -60,12 +59,12 @@ def built(monkeypatch):
 
     def build(*arguments, **options) -> tuple[Any, TorchLattice]:
         lattice = build_lattice(*arguments, **options)
-        assert isinstance(lattice, lattice_triton.TritonLattice)
+        assert isinstance(lattice, triton_backend.TritonLattice)
         values = {field.name: getattr(lattice, field.name) for field in fields(TorchLattice)}
         return lattice, TorchLattice(**tree_map_only(torch.Tensor, torch.Tensor.cpu, values))
 
     if INTERPRETED:
-        monkeypatch.setattr(lattice_module, "_backend", lambda device: lattice_triton)
+        monkeypatch.setattr(lattice_module, "_backend", lambda device: triton_backend)
     return build
 
 
@@ -111,11 +110,11 @@ def test_softmax_is_that_of_torch_and_safe(dtype, num_labels):
     """Also of energies whose exponentials overflow, and of rows laid out by columns."""
     energy = 2000 * random_values(num_labels, 70, dtype=dtype).T - 1000
     grad = random_values(70, num_labels, seed=1, dtype=dtype)
-    q = lattice_triton.softmax(energy.to(DEVICE))
+    q = triton_backend.softmax(energy.to(DEVICE))
     assert torch.isfinite(q).all()
-    assert_same(q, lattice_torch.softmax(energy))
-    backward = lattice_triton.softmax_backward(q, grad.to(DEVICE))
-    assert_same(backward, lattice_torch.softmax_backward(q.cpu(), grad))
+    assert_same(q, torch_backend.softmax(energy))
+    backward = triton_backend.softmax_backward(q, grad.to(DEVICE))
+    assert_same(backward, torch_backend.softmax_backward(q.cpu(), grad))
 
 
 @on_device
@@ -167,7 +166,7 @@ def with_gradients(lattice: Lattice, device: torch.device, dtype: torch.dtype, n
 def test_steps_and_gradients_are_those_of_torch(built, monkeypatch, normalization, ring, num_labels, dtype):
     lattice, reference = built(kernels(dtype), normalization, ring=ring)
     ours = with_gradients(lattice, DEVICE, dtype, num_labels)
-    monkeypatch.setattr(lattice_module, "_backend", lambda device: lattice_torch)
+    monkeypatch.setattr(lattice_module, "_backend", lambda device: torch_backend)
     for one, other in zip(ours, with_gradients(reference, torch.device("cpu"), dtype, num_labels), strict=True):
         assert_same(one, other, scale=10)
 
@@ -187,7 +186,7 @@ def test_the_whole_is_that_of_a_cpu_from_the_features_on(built, monkeypatch, dty
     lattice, _ = built(kernels(dtype), "symmetric", ring=True)
     values = random_values(NUM_POINTS, 21, dtype=dtype)
     ours = message(lattice, values.to(DEVICE), 2.0, 3.0)
-    monkeypatch.setattr(lattice_module, "_backend", lambda device: lattice_torch)
+    monkeypatch.setattr(lattice_module, "_backend", lambda device: torch_backend)
     reference = build_lattice([kernel.cpu() for kernel in kernels(dtype)], "symmetric", ring=True)
     assert_same(ours, message(reference, values, 2.0, 3.0))
 
@@ -223,4 +222,4 @@ def test_two_runs_are_equal_bit_for_bit(built):
 
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gets_this_backend():
-    assert lattice_module._backend(DEVICE) is lattice_triton
+    assert lattice_module._backend(DEVICE) is triton_backend

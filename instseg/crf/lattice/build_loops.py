@@ -1,11 +1,11 @@
-"""The compiled loops of `lattice_numba`: building. Each works on a range of rows."""
+"""The compiled loops of `numba_backend`: building. Each works on a range of rows."""
 
 from __future__ import annotations
 
 import numpy as np
 from numba import prange
 
-from instseg.crf.simd import compiled, element, prefetch, set_element
+from instseg.crf.lattice.simd import compiled, element, prefetch, set_element
 
 _EMPTY = np.int64(-1)  # keys are not negative
 _AHEAD = 16  # keys by which memory is asked for in advance
@@ -29,7 +29,7 @@ def _new_buffers(num_corners, dtype):
 
 @compiled()
 def _embed(first, n, features, scales, low, strides, buffers, weights, keys):
-    """Barycentric coordinates of n points, and one key for each corner of their simplices; `lattice_torch` says how.
+    """Barycentric coordinates of n points, and one key for each corner of their simplices; `torch_backend` says how.
 
     The same operations on a block of points at a time, so that they vectorise; the arithmetic is not reassociated.
     """

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from instseg.crf.lattice import Lattice, deviations, key_layout, slices, zeros
+from instseg.crf.lattice.base import Lattice, zeros
+from instseg.crf.lattice.embedding import deviations, key_layout, slices
 
 
 @dataclass(frozen=True)

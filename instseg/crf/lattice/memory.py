@@ -26,13 +26,15 @@ _free: list[np.ndarray] = []  # the one returned last is last
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """As `torch.empty`; the memory comes back when neither the tensor nor any view of it is left."""
-    size = prod(shape) * torch.empty(0, dtype=dtype).element_size()
+    size = prod(shape) * dtype.itemsize
     if size < _SMALL or torch.device(device).type != "cpu":
         return torch.empty(tuple(shape), dtype=dtype, device=device)
     memory = _take(size)
-    owner = (ctypes.c_char * memory.nbytes).from_buffer(memory)  # what all views hold
+    # What all views hold. (Type stubs do not know that arrays, of NumPy and of ctypes, are buffers.)
+    owner = (ctypes.c_char * memory.nbytes).from_buffer(memory)  # pyright: ignore[reportArgumentType]
     weakref.finalize(owner, _give_back, memory).atexit = False
-    return torch.from_numpy(np.frombuffer(owner, np.uint8, size)).view(dtype).view(tuple(shape))
+    flat = np.frombuffer(owner, np.uint8, size)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    return torch.from_numpy(flat).view(dtype).view(tuple(shape))
 
 
 def _take(size: int) -> np.ndarray:

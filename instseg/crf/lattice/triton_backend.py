@@ -1,6 +1,6 @@
 """The lattice on a GPU: kernels in triton, every one a gather, so that results are the same bit for bit in every run.
 
-A program holds one tile: some rows (points or vertices) by all labels, padded to a power of two. `lattice_torch` builds
+A program holds one tile: some rows (points or vertices) by all labels, padded to a power of two. `torch_backend` builds
 the lattice. With TRITON_INTERPRET=1 in the environment the kernels run on a CPU too, slowly.
 """
 
@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from instseg.crf import lattice_torch
-from instseg.crf.lattice_torch import TorchLattice
+from instseg.crf.lattice import torch_backend
+from instseg.crf.lattice.torch_backend import TorchLattice
 
 _TILE = 1024  # elements of a program's tile; a power of two
 _CHUNK = 64  # entries of a vertex that are added up one after the other: runs may be as long as an image is large
@@ -106,7 +106,7 @@ class TritonLattice(TorchLattice):
 
 def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> TritonLattice:
     """The lattice without normalisation."""
-    built = lattice_torch.build(features, ring, lengths)
+    built = torch_backend.build(features, ring, lengths)
     ends = built.offsets.new_full((2,), len(built.order))  # the last row's run is empty, which makes it 0
     fields = vars(built) | {
         "neighbors": tuple(neighbors.int() for neighbors in built.neighbors),
@@ -118,18 +118,18 @@ def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> Tri
 
 
 def softmax(energy: Tensor) -> Tensor:
-    """As `lattice_torch.softmax`, whose it is where a row is longer than a tile."""
+    """As `torch_backend.softmax`, whose it is where a row is longer than a tile."""
     if energy.shape[1] > _TILE:
-        return lattice_torch.softmax(energy)
+        return torch_backend.softmax(energy)
     out = torch.empty_like(energy, memory_format=torch.contiguous_format)
     _launch(_softmax, *out.shape, energy.contiguous(), out)
     return out
 
 
 def softmax_backward(q: Tensor, grad: Tensor) -> Tensor:
-    """As `lattice_torch.softmax_backward`, whose it is where a row is longer than a tile."""
+    """As `torch_backend.softmax_backward`, whose it is where a row is longer than a tile."""
     if q.shape[1] > _TILE:
-        return lattice_torch.softmax_backward(q, grad)
+        return torch_backend.softmax_backward(q, grad)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     _launch(_softmax_backward, *out.shape, q.contiguous(), grad.contiguous(), out)
     return out

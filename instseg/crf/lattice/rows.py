@@ -1,0 +1,48 @@
+"""Rows of labels that are padded to whole vectors, as the compiled loops want them."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from instseg.crf.lattice import filter_loops
+from instseg.crf.lattice.memory import empty
+from instseg.crf.lattice.simd import LANES
+from instseg.crf.lattice.threads import even_bounds, run
+
+_CACHE_LINE = 64  # bytes
+
+
+def empty_rows(num_rows: int, like: Tensor) -> Tensor:
+    """(num_rows, L of `like`) memory whose rows lie whole vectors apart, from the start of a cache line."""
+    num_labels = like.shape[1]
+    stride = _stride(num_labels)
+    flat = empty((num_rows * stride + _CACHE_LINE,), like.dtype)
+    start = -flat.data_ptr() % _CACHE_LINE // flat.element_size()
+    return flat.as_strided((num_rows, num_labels), (stride, 1), start)
+
+
+def copy_rows(values: Tensor) -> Tensor:
+    """As `torch_backend.copy_rows`, into `empty_rows`."""
+    rows = empty_rows(len(values), values)
+    arrays = values.detach().numpy(), _padded(rows)
+    run(filter_loops.copy_rows, filter_loops.parallel_copy_rows, even_bounds(len(values), values.shape[1]), *arrays)
+    return rows
+
+
+def padded_rows(tensor: Tensor) -> np.ndarray:
+    """The padded rows of a tensor of `empty_rows`, or of a copy of any other."""
+    stride = _stride(tensor.shape[1])
+    end = tensor.storage_offset() + len(tensor) * stride
+    fits = end * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    return _padded(tensor if fits and tensor.stride() == (stride, 1) else copy_rows(tensor))
+
+
+def _padded(rows: Tensor) -> np.ndarray:
+    """(num_rows, whole vectors), the padding included."""
+    stride = _stride(rows.shape[1])
+    return rows.detach().as_strided((len(rows), stride), (stride, 1)).numpy()
+
+
+def _stride(num_labels: int) -> int:
+    return -(-num_labels // LANES) * LANES
