@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 from benchmarks.common import RESULTS, alternate, write_result
-from instseg.config import Accuracy, KernelConfig, Normalization
-from instseg.crf import DenseCRF
+from instseg.config import Accuracy, InstanceCrfConfig, KernelConfig, Normalization
+from instseg.crf import DenseCRF, InstanceCRF
+from instseg.crf.lattice import pixel_major
 from instseg.crf.pairwise import build_kernels
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -46,7 +48,10 @@ def main() -> None:
         "peak_mib": {f"{w}x{h} L{n} {theta}": peaks(w, h, n, theta) for w, h, n in CASES[:2] for theta in THETAS},
         "accuracies": {theta: time_accuracies(theta) for theta in THETAS},
         "exactness": exactness(),
+        "ragged": time_ragged("cpu"),
     }
+    if torch.cuda.is_available():
+        content |= {"gpu": time_gpu(), "gpu_ragged": time_ragged("cuda"), "gpu_name": torch.cuda.get_device_name()}
     print(f"\nwritten to {write_result('crf', content)}, {write_result('crf_scaling', scaling())}")
 
 
@@ -77,7 +82,7 @@ def candidates(width: int, height: int, num_labels: int, theta: str) -> dict[str
         "1 thread": partial(on_threads, 1, partial(crf, image, unary)),
         "2 threads": partial(on_threads, 2, partial(crf, image, unary)),
         "forward": partial(on_threads, 2, partial(short, image, unary)),
-        "training": partial(on_threads, 2, partial(_train_step, short, image, unary)),
+        "training": partial(on_threads, 2, partial(_train_step, short, *map(torch.from_numpy, (image, unary)))),
     }
     peer = _pydensecrf(image, unary, theta)
     return runs if peer is None else runs | {"pydensecrf": peer}
@@ -172,6 +177,57 @@ def exactness() -> dict[str, Any]:
     return rows
 
 
+def time_ragged(device: str) -> dict[str, Any]:
+    """Instance CRFs of 16 images of different sizes with 0 to 30 detections, beside as many pixels times labels evenly.
+
+    The even batch has 16 labels, the mean of the other.
+    """
+    torch.set_num_threads(2)
+    generator = np.random.default_rng(0)
+    counts = [2 * index + 1 for index in range(16)]  # labels, background included
+    sizes = [(int(h), int(w)) for h, w in zip(*generator.integers(150, 400, (2, 16)), strict=True)]
+    ragged = [(*size, labels) for size, labels in zip(sizes, counts, strict=True)]
+    total = sum(h * w * labels for h, w, labels in ragged)
+    side = round((total / 256) ** 0.5)
+    crf = InstanceCRF(InstanceCrfConfig()).to(device).requires_grad_(False)
+    runs = {}
+    for name, shapes in {"even": [(side, side, 16)] * 16, "ragged": ragged}.items():
+        images = [torch.from_numpy(problem(w, h, 1)[0]).float().to(device) for h, w, _ in shapes]
+        values = [torch.randn(h * w, n, device=device).mul_(2).log_softmax(1) for h, w, n in shapes]
+        runs[name] = partial(_synchronized, partial(crf.batch, images, values))
+    times = alternate(runs, ROUNDS)
+    ratio = times["ragged"]["median_ms"] / times["even"]["median_ms"]
+    print(
+        f"instance CRFs of 16 images, {device}: {times['even']['median_ms']:.0f} ms evenly, ragged {ratio:.2f} times that"
+    )
+    return times | {"ratio": ratio}
+
+
+def time_gpu() -> dict[str, Any]:
+    """The lattice alone, 10 iterations on it, and forward and backward of 5 with lattice construction, in ms."""
+    found = {}
+    for (width, height, num_labels), theta in product(CASES, THETAS):
+        image, unary = (torch.from_numpy(array).cuda() for array in problem(width, height, num_labels))
+        crf, short = (DenseCRF(num_labels, KernelConfig(*THETAS[theta]), 3.0, 10.0, n).cuda() for n in (10, 5))
+        build = partial(build_kernels, image, crf.kernel_config)
+        term, rows = crf.pairwise(build()), pixel_major(unary)
+        infer = torch.no_grad()(partial(term.kernels.infer, rows, term.matrices, 10, normalize=True))
+        train = partial(_train_step, short, image, unary)
+        runs = {"lattice": build, "10 iterations": infer, "training": train}
+        times = alternate({name: partial(_synchronized, run) for name, run in runs.items()}, ROUNDS)
+        found[f"{width}x{height} L{num_labels} {theta}"] = times
+        print(
+            f"GPU {width}x{height} L{num_labels} {theta}", *(f"{n} {t['median_ms']:.2f} ms" for n, t in times.items())
+        )
+    return found
+
+
+def _synchronized(run: Callable[[], Any]) -> None:
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def scaling() -> dict[str, Any]:
     """Time against pixels and labels, with the plot."""
     theta = "80/13/3"
@@ -197,10 +253,9 @@ def _median(width: int, height: int, num_labels: int, theta: str) -> float:
     return alternate({"ours": run}, 5)["ours"]["median_ms"]
 
 
-def _train_step(crf: DenseCRF, image: np.ndarray, unary: np.ndarray) -> None:
+def _train_step(crf: DenseCRF, image: torch.Tensor, unary: torch.Tensor) -> None:
     crf.zero_grad()
-    leaf = torch.from_numpy(unary).requires_grad_()
-    crf(torch.from_numpy(image), leaf).square().mean().backward()
+    crf(image, unary.detach().requires_grad_()).square().mean().backward()
 
 
 def _pydensecrf(image: np.ndarray, unary: np.ndarray, theta: str) -> Callable[[], np.ndarray] | None:
