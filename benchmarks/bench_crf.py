@@ -197,9 +197,7 @@ def time_ragged(device: str) -> dict[str, Any]:
         runs[name] = partial(_synchronized, partial(crf.batch, images, values))
     times = alternate(runs, ROUNDS)
     ratio = times["ragged"]["median_ms"] / times["even"]["median_ms"]
-    print(
-        f"instance CRFs of 16 images, {device}: {times['even']['median_ms']:.0f} ms evenly, ragged {ratio:.2f} times that"
-    )
+    print(f"16 instance CRFs, {device}: {times['even']['median_ms']:.0f} ms evenly, ragged {ratio:.2f} times that")
     return times | {"ratio": ratio}
 
 
