@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from instseg.config import KernelConfig, SemanticCrfConfig
 from instseg.crf.detection import DetectionPotential
 from instseg.crf.lattice import pixel_major
+from instseg.crf.lattice.memory import total_memory
 from instseg.crf.mean_field import MeanFieldState, PairwiseTerm, mean_field
 from instseg.crf.pairwise import Kernels, build_kernels, message_matrices, potts
 
@@ -98,13 +98,10 @@ def _check_memory(unaries: Sequence[Tensor]) -> None:
     """Refuse what cannot fit before it is tried: an allocation that fails late takes the process with it.
 
     Raises:
-        ValueError: If the unaries and the two pixel arrays of an inference exceed the device's memory.
+        ValueError: If the unaries, their copy and the marginals exceed the device's memory.
     """
     needed = 3 * 4 * sum(unary.numel() for unary in unaries)
-    if unaries[0].is_cuda:
-        total = torch.cuda.mem_get_info(unaries[0].device)[1]
-    else:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = total_memory(unaries[0].device)
     if needed > total:
         pixels = sum(unary[0].numel() for unary in unaries)
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,10 @@ from torch.autograd.function import once_differentiable
 
 from instseg.config import Normalization
 from instseg.crf.lattice import check_features
+from instseg.crf.lattice.memory import total_memory
 
 _BLOCK_ELEMENTS = 1 << 24  # entries of a kernel that are computed at a time
-_KEPT = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8  # bytes of kernels that are kept
+_KEPT = 1 / 8  # share of the memory in which kernels are kept
 
 
 class _Kernel:
@@ -75,7 +75,7 @@ class ExactKernels:
         kernels, scales = [], []
         for points in features:
             check_features(points)
-            kernels.append(_Kernel(points, lengths, keep=size <= _KEPT))
+            kernels.append(_Kernel(points, lengths, keep=size <= _KEPT * total_memory(points.device)))
             one = torch.ones_like(points[:, :1])
             norm = one if normalization == "none" else kernels[-1] @ one
             root = norm.rsqrt()

@@ -47,7 +47,7 @@ def build_kernels(image: Tensor | Sequence[Tensor], config: KernelConfig, dtype:
         dtype: Of the kernels; by default the image's, or float32 if that is an integer type.
 
     Raises:
-        ValueError: If an image has another shape or values that are not finite, or an exact kernel would be too large.
+        ValueError: If an image has another shape or values that are not finite.
     """
     images = [image] if isinstance(image, Tensor) else list(image)
     for image in images:
@@ -72,7 +72,7 @@ def _fill_features(image: Tensor, config: KernelConfig, spatial: Tensor, bilater
         grid = features.view(height, width, -1)
         grid[..., 0], grid[..., 1] = x / theta, y / theta
     color = bilateral.view(height, width, 5)[..., 2:]
-    color.copy_(image).div_(config.theta_beta)
+    color.copy_(image.detach()).div_(config.theta_beta)
 
 
 def message_matrices(weights: Sequence[Tensor], compatibility: Tensor) -> Tensor:

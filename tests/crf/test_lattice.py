@@ -14,6 +14,7 @@ from instseg.crf.lattice import Lattice, build_lattice
 from instseg.crf.lattice import base as lattice_module
 from instseg.crf.lattice.numba_lattice import NumbaLattice
 from instseg.crf.lattice.torch_backend import _elevate
+from instseg.crf.pairwise import potts
 from tests.oracles import gaussian_kernel
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -229,6 +230,94 @@ def test_a_ragged_batch_is_its_images(backend, normalization):
         torch.testing.assert_close(image_got, alone, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("num_labels", [1, 3, 21, 30])
+@pytest.mark.parametrize("threads", [2, 3, 4])
+def test_inference_is_bitwise_deterministic_at_any_thread_count(threads, num_labels):
+    """As `DenseCRF` runs it: whole steps, compatibility of Potts form, a ragged batch, with gradients."""
+
+    def run():
+        lattice = build_lattice([f.float() for f in both(60, 80)], "symmetric", lengths=[3000, 1, 1799])
+        energy = (5 * random_values(4800, num_labels)).float().requires_grad_()
+        matrices = torch.stack([3 * potts(num_labels, energy.detach()), 10 * potts(num_labels, energy.detach())])
+        matrices.requires_grad_()
+        result = lattice.infer(energy, matrices, 3, normalize=True)
+        (result * result).sum().backward()
+        with torch.no_grad():
+            alone = lattice.infer(energy.detach(), matrices.detach(), 3, normalize=True)
+        return [result.detach(), alone, energy.grad, matrices.grad]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        single = run()
+        torch.set_num_threads(threads)
+        assert all(torch.equal(*pair) for pair in zip(single, run(), strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("num_labels", [3, 21])
+def test_what_lies_in_new_memory_does_not_matter(monkeypatch, num_labels):
+    """Memory comes back with whatever is in it: NaN, or numbers that would be rows of nothing."""
+
+    def run():
+        lattice = build_lattice([f.float() for f in both(30, 40)], "after", ring=True)
+        energy = (5 * random_values(1200, num_labels)).float().requires_grad_()
+        potts_matrices = torch.stack([potts(num_labels, energy.detach())] * 2)
+        matrices = random_values(2, num_labels, num_labels, seed=2).float().requires_grad_()
+        result = lattice.infer(energy, matrices, 3, normalize=True)
+        (result * result).sum().backward()
+        with torch.no_grad():
+            of_potts = lattice.infer(energy.detach(), potts_matrices, 3, normalize=False)
+        return [result.detach(), of_potts, energy.grad, matrices.grad]
+
+    def poisoned(shape, dtype, device="cpu"):
+        del device
+        return torch.full(tuple(shape), torch.nan if dtype.is_floating_point else 0x7F, dtype=dtype)
+
+    expected = run()
+    for module in ("rows", "numba_backend", "numba_lattice"):
+        monkeypatch.setattr(import_module(f"instseg.crf.lattice.{module}"), "empty", poisoned)
+    assert all(torch.equal(*pair) for pair in zip(expected, run(), strict=True))
+
+
+def test_padding_of_foreign_rows_stays_there(backend):
+    """A view of the first labels of longer rows looks like padded rows; what follows may be anything."""
+    lattice = build_lattice([f.float() for f in both()])
+    wide = torch.full((720, 8), torch.inf)
+    wide[:, :3] = 5 * random_values(720, 3).float()
+    matrices = torch.stack([potts(3, wide)] * 2)
+    got = lattice.infer(wide[:, :3], matrices, 3, normalize=True)
+    torch.testing.assert_close(got, lattice.infer(wide[:, :3].clone(), matrices, 3, normalize=True))
+
+
+@pytest.mark.parametrize("num_labels", [5, 8])
+def test_overwriting_inference_returns_the_marginals(backend, num_labels):
+    lattice = build_lattice([f.float() for f in both()])
+    energy, matrices = random_values(720, num_labels).float(), random_values(2, num_labels, num_labels).float()
+    with torch.no_grad():
+        expected = lattice.infer(energy, matrices, 2, normalize=True)
+        got = lattice.infer(energy.clone(), matrices, 2, normalize=True, overwrite=True)
+    assert torch.equal(got, expected)
+
+
+def test_inference_leaves_the_gradient_that_it_is_given(backend):
+    lattice = build_lattice([f.float() for f in both()])
+    energy = random_values(720, 8).float().requires_grad_()
+    given = torch.ones_like(energy)
+    lattice.infer(energy, torch.ones(2, 8, 8), 2, normalize=False).backward(given)
+    assert (given == 1).all()
+
+
+def test_many_bands(monkeypatch):
+    """More bands than threads, and a last one that is shorter."""
+    monkeypatch.setattr("instseg.crf.lattice.numba_backend._BAND", 40)
+    values = random_values(720, 3)
+    ours = message(build_lattice(both(), "after", ring=True), values, 1.0, 2.0)
+    monkeypatch.undo()
+    torch.testing.assert_close(ours, message(build_lattice(both(), "after", ring=True), values, 1.0, 2.0), **EXACT)
+
+
 @pytest.mark.parametrize("threads", [2, 4])
 def test_bitwise_deterministic_at_any_thread_count(threads):
     def run():
@@ -247,6 +336,24 @@ def test_bitwise_deterministic_at_any_thread_count(threads):
         assert all(torch.equal(*pair) for pair in zip(single, run(), strict=True))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("energy", "matrices", "message"),
+    [
+        ((720, 5), (2, 3, 3), r"energy: expected shape \(720, 3\), got \(720, 5\)"),
+        ((700, 3), (2, 3, 3), r"energy: expected shape \(720, 3\), got \(700, 3\)"),
+        ((720, 3), (1, 3, 3), r"matrices: expected shape \(2, 3, 3\), got \(1, 3, 3\)"),
+    ],
+)
+def test_shapes_that_do_not_fit(backend, energy, matrices, message):
+    lattice = build_lattice(both())
+    with pytest.raises(ValueError, match=message):
+        lattice.infer(torch.zeros(energy), torch.zeros(matrices), 2, normalize=True)
+    with pytest.raises(ValueError, match=message):
+        lattice.update(torch.zeros(720, matrices[1]), torch.zeros(energy), torch.zeros(matrices))
+    with pytest.raises(ValueError, match="sum up to 720"):
+        build_lattice(both(), lengths=[700, 10])
 
 
 def test_one_point(backend):

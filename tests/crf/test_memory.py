@@ -38,6 +38,7 @@ def test_small_and_much_too_large_memory_is_not_given():
     large = empty((64 * MEGABYTES,), torch.float32)
     address = large.data_ptr()
     del large
+    assert [kept.ctypes.data for kept in memory._free] == [address]
     assert empty((10,), torch.int32).data_ptr() != address
     assert empty((2 * MEGABYTES,), torch.float32).data_ptr() != address
 
@@ -50,3 +51,12 @@ def test_no_more_is_kept_than_the_limit(monkeypatch):
         tensors.pop(0)
     assert sum(kept.nbytes for kept in memory._free) <= 20 << 20
     assert memory._free[-1].ctypes.data == last
+
+
+def test_a_collection_amid_the_pools_own_work_does_not_wait_for_itself():
+    """Garbage collection may run a finalizer at any allocation, so also while this thread holds the lock."""
+    tensor = empty((4 * MEGABYTES,), torch.float32)
+    address = tensor.data_ptr()
+    with memory._LOCK:
+        del tensor
+    assert empty((4 * MEGABYTES,), torch.float32).data_ptr() == address

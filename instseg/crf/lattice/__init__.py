@@ -8,8 +8,9 @@ of the same arrays, so that a pixel is read and written once per iteration. Seve
     base.py            the maps, a mean-field step and a whole inference made of them, their gradients
     embedding.py       where a point lies in the lattice, keys of vertices
     torch_backend.py   anywhere; the reference
-    numba_backend.py   on a CPU: numba_build.py, and the compiled build_loops.py, filter_loops.py, softmax_loops.py,
-                       written with the vectors of simd.py; rows.py, threads.py, memory.py
+    numba_backend.py   on a CPU: building, and numba_lattice.py, the maps; compiled loops in build_loops.py,
+                       filter_loops.py and softmax_loops.py, written with the vectors of simd.py; rows.py, threads.py,
+                       memory.py
     triton_backend.py  on a GPU
 """
 

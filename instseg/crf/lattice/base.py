@@ -73,10 +73,12 @@ class Lattice(ABC):
 
         Differentiable in all three, with the exact adjoint as its backward.
         """
+        self._check(matrices, q=q, energy=energy)
         return _Message.apply(q, energy, matrices, self, False)  # pyright: ignore[reportReturnType]
 
     def update(self, q: Tensor, energy: Tensor, matrices: Tensor) -> Tensor:
         """softmax(-energy(...)) (N, L): the marginals after one mean-field step."""
+        self._check(matrices, q=q, energy=energy)
         return _Message.apply(q, energy, matrices, self, True)  # pyright: ignore[reportReturnType]
 
     def infer(
@@ -88,9 +90,20 @@ class Lattice(ABC):
         Differentiable in both. For the backward pass each step keeps its blurred vertices and no pixels: the marginals
         are computed again.
         """
-        keep = torch.is_grad_enabled()
+        self._check(matrices, energy=energy)
+        keep = torch.is_grad_enabled() and (energy.requires_grad or matrices.requires_grad)
         overwrite = overwrite and not keep
         return _Inference.apply(energy, matrices, self, num_iterations, normalize, keep, overwrite)  # pyright: ignore
+
+    def _check(self, matrices: Tensor, **rows: Tensor) -> None:
+        """Raise ValueError unless shapes fit: compiled loops do not look."""
+        num_points, num_labels = len(self.splat_weights), matrices.shape[-1]
+        expected = {"matrices": (len(self.kernels), num_labels, num_labels)} | dict.fromkeys(
+            rows, (num_points, num_labels)
+        )
+        for name, tensor in {"matrices": matrices, **rows}.items():
+            if tuple(tensor.shape) != expected[name]:
+                raise ValueError(f"{name}: expected shape {expected[name]}, got {tuple(tensor.shape)}")
 
     def step(self, on_vertices: Tensor, energy: Tensor) -> Tensor:
         """splat(slice_softmax(...))."""
@@ -155,6 +168,7 @@ class _Inference(torch.autograd.Function):
         overwrite: bool,
     ) -> Tensor:
         history = []
+        energy = _backend(energy.device).as_rows(energy)
         on_vertices = lattice.step(mixed := zeros(energy), energy)
         for iteration in range(num_iterations):
             on_vertices = lattice.blur(on_vertices)
@@ -179,7 +193,8 @@ class _Inference(torch.autograd.Function):
         splatted = adjoint.splat(grad_energy)
         while history:
             blurred = history.pop()
-            grad_matrices += adjoint.inner(blurred, splatted)
+            if ctx.needs_input_grad[1]:
+                grad_matrices += adjoint.inner(blurred, splatted)
             grad_on_vertices = adjoint.mix(adjoint.blur(splatted), matrices.mT, overwrite=True)
             before = lattice.mix(history[-1], matrices) if history else zeros(energy)
             splatted = lattice.step_backward(before, grad_on_vertices, energy, grad_energy)
@@ -254,7 +269,10 @@ def build_lattice(
     """
     for kernel in features:
         check_features(kernel)
-    lattice = _backend(features[0].device).build(features, ring, lengths or [len(features[0])])
+    lengths = list(lengths or [len(features[0])])
+    if any(len(kernel) != sum(lengths) for kernel in features):
+        raise ValueError(f"lengths: expected numbers of points that sum up to {len(features[0])}, got {lengths}")
+    lattice = _backend(features[0].device).build(features, ring, lengths)
     if normalization != "none":
         return lattice.normalized(symmetric=normalization == "symmetric")
     # The factors that make one isolated vertex reproduce the volume of the continuous Gaussian.

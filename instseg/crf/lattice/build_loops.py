@@ -135,16 +135,16 @@ def _grow(unique, count, room):
 
 
 @compiled()
-def number_corners(start, stop, bands, features, scales, low, strides, tables, weights, numbers, unique, runs):
+def number_corners(start, stop, bands, features, scales, low, strides, parts, tables, weights, numbers, unique, runs):
     """Weights of each point in the corners of its simplex, which are numbered in the order of first touch in a band.
 
-    `unique` receives the distinct keys of each band in `runs` (B, 2), from where to where. Both it and the `tables` are
-    the caller's: memory that a thread gets and returns is slow.
+    `unique` receives the distinct keys of each band in `runs` (B, 2), from where to where. Both it and the `tables`,
+    one for each of the `parts`, are the caller's: memory that a thread gets and returns is slow.
     """
     num_corners = features.shape[1] + 1
     buffers = _new_buffers(num_corners, features.dtype)
     keys = np.empty((_BLOCK, num_corners), np.int64)
-    table, end = tables[start], bands[start] * num_corners
+    table, end = tables[np.searchsorted(parts, start)], bands[start] * num_corners
     for band in range(start, stop):
         of_band, count = unique[end:], 0
         table[:] = _EMPTY

@@ -17,6 +17,7 @@ from instseg.crf.lattice.simd import (
     compiled,
     element,
     flush,
+    keep_first,
     load,
     multiply,
     multiply_add,
@@ -256,13 +257,13 @@ def mix(start, stop, values, matrix, out):
 
 
 @compiled()
-def mix_rank_one(start, stop, values, left, right, diagonal, out):
+def mix_rank_one(start, stop, num_labels, values, left, right, diagonal, out):
     """out[v] = <values[v], left> * right + values[v] * diagonal; `out` may be `values`."""
-    width = values.shape[1]
-    zero = broadcast(values.dtype.type(0))
+    width, none = values.shape[1], values.dtype.type(0)
     for row in range(start * width, stop * width, width):
-        total = zero
-        for lane in range(0, width, 8):
+        last = keep_first(load(values, row + width - 8), num_labels - width + 8, none)
+        total = multiply(last, load(left, width - 8))
+        for lane in range(0, width - 8, 8):
             total = add(total, multiply(load(values, row + lane), load(left, lane)))
         product = reduce_add(total)
         for lane in range(0, width, 8):

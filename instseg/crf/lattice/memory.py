@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from math import prod
 from threading import Lock
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor
 
 _SMALL = 1 << 20  # bytes below which the C library does well
-_KEPT = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16  # bytes kept at most
+_KEPT = 1 << 30  # bytes kept at most, if that is not more than a sixteenth of the memory
 _HUGE_PAGE = 1 << 21
 _LOCK = Lock()
-_free: list[np.ndarray] = []  # the one returned last is last
+_free: list[np.ndarray] = []  # the one returned last is last; changed under the lock only
+_returned: deque[np.ndarray] = deque()  # not yet there
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
@@ -37,9 +39,17 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
     return torch.from_numpy(flat).view(dtype).view(tuple(shape))
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes that a machine, or a GPU, has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _take(size: int) -> np.ndarray:
     """Bytes, from `size` to twice as many: the fewest that there are, or new ones."""
     with _LOCK:
+        _collect()
         fitting = [index for index, memory in enumerate(_free) if size <= memory.nbytes <= 2 * size]
         if fitting:
             return _free.pop(min(fitting, key=lambda index: _free[index].nbytes))
@@ -51,8 +61,19 @@ def _take(size: int) -> np.ndarray:
 
 
 def _give_back(memory: np.ndarray) -> None:
-    with _LOCK:
-        _free.append(memory)
-        total = sum(memory.nbytes for memory in _free)
-        while total > _KEPT:
-            total -= _free.pop(0).nbytes
+    """May be called at any time, by garbage collection in the midst of the other functions too: so never waits."""
+    _returned.append(memory)
+    if _LOCK.acquire(blocking=False):
+        try:
+            _collect()
+        finally:
+            _LOCK.release()
+
+
+def _collect() -> None:
+    while _returned:
+        _free.append(_returned.popleft())
+    total = sum(memory.nbytes for memory in _free)
+    limit = min(_KEPT, total_memory(torch.device("cpu")) // 16)
+    while total > limit:
+        total -= _free.pop(0).nbytes

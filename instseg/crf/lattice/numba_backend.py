@@ -17,10 +17,10 @@ from instseg.crf.lattice import build_loops, softmax_loops
 from instseg.crf.lattice.embedding import deviations, key_layout, slices
 from instseg.crf.lattice.memory import empty
 from instseg.crf.lattice.numba_lattice import NumbaLattice
-from instseg.crf.lattice.rows import copy_rows, empty_rows, padded_rows
+from instseg.crf.lattice.rows import as_rows, copy_rows, empty_rows, padded_rows
 from instseg.crf.lattice.threads import even_bounds, parts, run
 
-__all__ = ["build", "copy_rows", "softmax", "softmax_backward"]
+__all__ = ["as_rows", "build", "copy_rows", "softmax", "softmax_backward"]
 
 _BAND = 1 << 15  # pixels of a band at most: fewer share less with their neighbours, more leave threads idle
 
@@ -152,14 +152,15 @@ def _number_corners(
     num_features, num_bands = features.shape[1], len(bands) - 1
     low, strides = key_layout(features)
     scales = torch.tensor(deviations(num_features, features.dtype), dtype=features.dtype)
-    # Most of these two is never touched.
+    bounds = parts(num_bands)
+    # Most of this is never touched.
     keys = empty((len(features) * (num_features + 1),), torch.int64).numpy()
     size = build_loops.table_size(len(features) // num_bands // 2 + 1024)
-    tables = empty((num_bands, size, 2), torch.int64).numpy()
+    tables = empty((len(bounds) - 1, size, 2), torch.int64).numpy()
     runs = np.empty((num_bands, 2), np.int64)
     arrays = (tensor.numpy() for tensor in (features.contiguous(), scales, low, strides))
-    outputs = tables, weights, numbers, keys, runs
-    run(build_loops.number_corners, build_loops.parallel_number_corners, parts(num_bands), bands, *arrays, *outputs)
+    arrays = bands, *arrays, bounds, tables, weights, numbers, keys, runs
+    run(build_loops.number_corners, build_loops.parallel_number_corners, bounds, *arrays)
     steps = strides.sum() - (num_features + 1) * torch.cat([strides, strides.new_zeros(1)])
     return keys, runs, steps.numpy()
 

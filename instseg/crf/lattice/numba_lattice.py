@@ -63,7 +63,7 @@ class NumbaLattice(Lattice):
             source, target = padded_rows(on_vertices), padded_rows(mixed)
             factors = np.zeros((3, 1, source.shape[1]), source.dtype)
             if loops.rank_one_and_diagonal(matrix.detach().numpy(), *factors):
-                run(loops.mix_rank_one, loops.parallel_mix_rank_one, bounds, source, *factors, target)
+                run(loops.mix_rank_one, loops.parallel_mix_rank_one, bounds, len(matrix), source, *factors, target)
             else:
                 run(loops.mix, loops.parallel_mix, bounds, source, padded_rows(matrix), target)
         return mixed

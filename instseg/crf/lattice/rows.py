@@ -30,16 +30,20 @@ def copy_rows(values: Tensor) -> Tensor:
     return rows
 
 
+def as_rows(values: Tensor) -> Tensor:
+    """`values` where they lie as in `empty_rows`, else a copy that does."""
+    stride = _stride(values.shape[1])
+    end = values.storage_offset() + len(values) * stride
+    fits = end * values.element_size() <= values.untyped_storage().nbytes()
+    return values if fits and values.stride() == (stride, 1) else copy_rows(values)
+
+
 def padded_rows(tensor: Tensor) -> np.ndarray:
-    """The padded rows of a tensor of `empty_rows`, or of a copy of any other."""
-    stride = _stride(tensor.shape[1])
-    end = tensor.storage_offset() + len(tensor) * stride
-    fits = end * tensor.element_size() <= tensor.untyped_storage().nbytes()
-    return _padded(tensor if fits and tensor.stride() == (stride, 1) else copy_rows(tensor))
+    """(num_rows, whole vectors): the rows of a tensor, or of its copy, the padding included."""
+    return _padded(as_rows(tensor))
 
 
 def _padded(rows: Tensor) -> np.ndarray:
-    """(num_rows, whole vectors), the padding included."""
     stride = _stride(rows.shape[1])
     return rows.detach().as_strided((len(rows), stride), (stride, 1)).numpy()
 

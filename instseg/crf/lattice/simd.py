@@ -19,7 +19,10 @@ _FLAGS = ("contract", "nnan", "ninf", "nsz")
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Numba's compiler, with its cache on disk."""
+    """Numba's compiler, with its cache on disk.
+
+    It looks at the file of the function alone: after a change here delete the `*.nbi` of the files that use this one.
+    """
     return njit(nogil=True, cache=True, **options)
 
 

@@ -63,10 +63,12 @@ def softmax_block(num_rows, num_labels, block, factors):
 def _softmax_of_few(num_rows, num_labels, block):
     """The same for rows of one vector: eight rows at a time, label by label."""
     labels = np.empty((_FEW, 8), np.float32)
-    rest = np.zeros((8, 8), np.float32)
     whole = num_rows - num_rows % 8
     for row in range(0, whole, 8):
         _softmax_of_eight(row, num_labels, block, labels)
+    if whole == num_rows:
+        return
+    rest = np.zeros((8, 8), np.float32)
     for row in range(whole, num_rows):
         store(rest, (row - whole) * 8, load(block, row * 8))
     _softmax_of_eight(0, num_labels, rest, labels)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numba import config as numba_config
-from numba import set_num_threads
+from numba import get_num_threads, set_num_threads
 
 _SMALL = 1 << 14  # elements below which another thread costs more than it saves
 _LOCK = Lock()
@@ -38,5 +38,9 @@ def run(serial: Callable[..., None], parallel: Callable[..., None], bounds: np.n
         return
     with _LOCK:  # not every threading layer of numba allows two calls at once
         most: int = numba_config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
+        before = get_num_threads()
         set_num_threads(min(len(bounds) - 1, most))
-        parallel(bounds, *arguments)
+        try:
+            parallel(bounds, *arguments)
+        finally:
+            set_num_threads(before)  # the caller may use numba too

@@ -17,7 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from instseg.crf.lattice import torch_backend
-from instseg.crf.lattice.torch_backend import TorchLattice
+from instseg.crf.lattice.torch_backend import TorchLattice, as_rows, copy_rows
+
+__all__ = ["as_rows", "build", "copy_rows", "softmax", "softmax_backward"]
 
 _TILE = 1024  # elements of a program's tile; a power of two
 _CHUNK = 64  # entries of a vertex that are added up one after the other: runs may be as long as an image is large
@@ -52,7 +54,7 @@ class TritonLattice(TorchLattice):
     points: Tensor
     levels: tuple[Level, ...]
 
-    def splat(self, values: Tensor) -> Tensor:  # noqa: D102 (the base class says it)
+    def splat(self, values: Tensor) -> Tensor:
         on_vertices = values.new_empty(len(self.offsets) + 1, values.shape[1])
         source = values.contiguous()
         for index, level in enumerate(self.levels):
@@ -62,7 +64,7 @@ class TritonLattice(TorchLattice):
             source = partial
         return on_vertices
 
-    def blur(self, on_vertices: Tensor) -> Tensor:  # noqa: D102
+    def blur(self, on_vertices: Tensor) -> Tensor:
         first = on_vertices.contiguous()
         second = torch.empty_like(first)
         for kernel, neighbors in zip(self.kernels, self.neighbors, strict=True):
@@ -74,10 +76,10 @@ class TritonLattice(TorchLattice):
                 first[kernel] = second[kernel]
         return first
 
-    def slice(self, on_vertices: Tensor, energy: Tensor) -> Tensor:  # noqa: D102
+    def slice(self, on_vertices: Tensor, energy: Tensor) -> Tensor:
         return self._slice(on_vertices, energy, normalize=False)
 
-    def slice_softmax(self, on_vertices: Tensor, energy: Tensor, overwrite: bool = False) -> Tensor:  # noqa: D102
+    def slice_softmax(self, on_vertices: Tensor, energy: Tensor, overwrite: bool = False) -> Tensor:
         del overwrite
         if energy.shape[1] > _TILE:
             return softmax(self.slice(on_vertices, energy))
@@ -133,11 +135,6 @@ def softmax_backward(q: Tensor, grad: Tensor) -> Tensor:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     _launch(_softmax_backward, *out.shape, q.contiguous(), grad.contiguous(), out)
     return out
-
-
-def copy_rows(values: Tensor) -> Tensor:
-    """A contiguous copy of `values` (N, L), also of contiguous ones: inference adds to it; differentiable."""
-    return values.clone(memory_format=torch.contiguous_format)
 
 
 def _levels(counts: Tensor) -> Iterator[Level]:
