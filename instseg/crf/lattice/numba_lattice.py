@@ -50,8 +50,7 @@ class NumbaLattice(Lattice):
         return self._combine(sums)
 
     def blur(self, on_vertices: Tensor) -> Tensor:  # noqa: D102
-        parts = even_bounds(len(self.chains), on_vertices.shape[1])
-        fractions = parts / max(1, len(self.chains))
+        fractions = even_bounds(len(self.chains), on_vertices.shape[1]) / max(1, len(self.chains))
         run(loops.blur, loops.parallel_blur, fractions, self.directions, self.chains, padded_rows(on_vertices))
         return on_vertices
 
