@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -40,9 +41,11 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes that a machine, or a GPU, has."""
+    """Bytes that a machine, or a GPU, has; on Windows, which says it elsewhere, more than there can be."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
+    if not hasattr(os, "sysconf"):
+        return sys.maxsize
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
