@@ -7,7 +7,7 @@ the lattice. With TRITON_INTERPRET=1 in the environment the kernels run on a CPU
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -47,10 +47,13 @@ class TritonLattice(TorchLattice):
     What depends on the weights is computed when first needed, since `replace` changes these.
 
     Attributes:
+        directions: (D, 2, M+1) int32, both neighbours of every kernel's vertices at once; -1 also where a kernel has
+            fewer directions.
         points: (N*C,) int32, the point of each entry of `order`.
         levels: The passes of splatting, the first over `points`.
     """
 
+    directions: Tensor
     points: Tensor
     levels: tuple[Level, ...]
 
@@ -65,16 +68,12 @@ class TritonLattice(TorchLattice):
         return on_vertices
 
     def blur(self, on_vertices: Tensor) -> Tensor:
-        first = on_vertices.contiguous()
-        second = torch.empty_like(first)
-        for kernel, neighbors in zip(self.kernels, self.neighbors, strict=True):
-            source, target = first, second
-            for pair in neighbors:
-                _launch(_blur, kernel.stop - kernel.start, first.shape[1], pair, source, target, kernel.start)
-                source, target = target, source
-            if source is second:
-                first[kernel] = second[kernel]
-        return first
+        source = on_vertices.contiguous()
+        target = torch.empty_like(source)
+        for pair in self.directions:
+            _launch(_blur, len(source), source.shape[1], pair, source, target)
+            source, target = target, source
+        return source
 
     def slice(self, on_vertices: Tensor, energy: Tensor) -> Tensor:
         return self._slice(on_vertices, energy, normalize=False)
@@ -103,15 +102,20 @@ class TritonLattice(TorchLattice):
 
     @cached_property
     def _adjoint(self) -> TritonLattice:
-        return super().adjoint()
+        return replace(super().adjoint(), directions=self.directions.flip(0))
 
 
 def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> TritonLattice:
     """The lattice without normalisation."""
     built = torch_backend.build(features, ring, lengths)
     ends = built.offsets.new_full((2,), len(built.order))  # the last row's run is empty, which makes it 0
+    neighbors = [neighbors.int() for neighbors in built.neighbors]
+    directions = built.order.new_full((max(map(len, neighbors)), 2, len(built.offsets) + 1), -1, dtype=torch.int32)
+    for kernel, of_kernel in zip(built.kernels, neighbors, strict=True):
+        directions[: len(of_kernel), :, kernel] = of_kernel
     fields = vars(built) | {
-        "neighbors": tuple(neighbors.int() for neighbors in built.neighbors),
+        "neighbors": tuple(neighbors),
+        "directions": directions,
         "vertices": built.vertices.int().contiguous(),
         "points": (built.order // built.vertices.shape[1]).int(),
         "levels": tuple(_levels(torch.diff(built.offsets, append=ends))),
@@ -192,13 +196,13 @@ def _add_chunks(
 
 
 @triton.jit
-def _blur(neighbors, source, target, first_row, num_rows, num_labels, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _blur(neighbors, source, target, num_rows, num_labels, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     rows, labels, exist, valid = _tile(num_rows, num_labels, ROWS, BLOCK)
     before = tl.load(neighbors + rows, exist, -1).to(tl.int64)[:, None]
     after = tl.load(neighbors + num_rows + rows, exist, -1).to(tl.int64)[:, None]
     both = tl.load(source + before * num_labels + labels, (before >= 0) & valid, 0.0)
     both += tl.load(source + after * num_labels + labels, (after >= 0) & valid, 0.0)
-    offsets, mask = (first_row + rows)[:, None] * num_labels + labels, exist[:, None] & valid
+    offsets, mask = rows[:, None] * num_labels + labels, exist[:, None] & valid
     tl.store(target + offsets, tl.load(source + offsets, mask, 0.0) + 0.5 * both, mask)
 
 
