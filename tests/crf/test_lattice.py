@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 
 import hypothesis.strategies as st
@@ -46,6 +47,18 @@ def message(lattice: Lattice, values: torch.Tensor, *weights: float) -> torch.Te
     eye = torch.eye(values.shape[1], dtype=values.dtype, device=values.device)
     matrices = torch.stack([weight * eye for weight in weights or (1.0,)])
     return lattice.energy(values, torch.zeros_like(values), matrices)
+
+
+def assert_same_on_threads(run: Callable[[], list[torch.Tensor]], threads: int) -> None:
+    """Bit for bit, on one thread and on several."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        single = run()
+        torch.set_num_threads(threads)
+        assert all(torch.equal(*pair) for pair in zip(single, run(), strict=True))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["numba_backend", "torch_backend"])
@@ -246,14 +259,7 @@ def test_inference_is_bitwise_deterministic_at_any_thread_count(threads, num_lab
             alone = lattice.infer(energy.detach(), matrices.detach(), 3, normalize=True)
         return [result.detach(), alone, energy.grad, matrices.grad]
 
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        single = run()
-        torch.set_num_threads(threads)
-        assert all(torch.equal(*pair) for pair in zip(single, run(), strict=True))
-    finally:
-        torch.set_num_threads(before)
+    assert_same_on_threads(run, threads)
 
 
 @pytest.mark.parametrize("num_labels", [3, 21])
@@ -328,14 +334,7 @@ def test_bitwise_deterministic_at_any_thread_count(threads):
         (result * result).sum().backward()
         return [lattice.slice_weights, result.detach(), *(tensor.grad for tensor in inputs)]
 
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        single = run()
-        torch.set_num_threads(threads)
-        assert all(torch.equal(*pair) for pair in zip(single, run(), strict=True))
-    finally:
-        torch.set_num_threads(before)
+    assert_same_on_threads(run, threads)
 
 
 @pytest.mark.parametrize(
