@@ -26,8 +26,8 @@ from matplotlib import pyplot as plt
 from benchmarks.common import RESULTS, alternate, write_result
 from instseg.config import Accuracy, InstanceCrfConfig, KernelConfig, Normalization
 from instseg.crf import DenseCRF, InstanceCRF
-from instseg.crf.lattice import pixel_major
 from instseg.crf.pairwise import build_kernels
+from instseg.lattice import pixel_major
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 PHOTOGRAPH = SHARED / "VOCdevkit" / "VOC2012" / "JPEGImages" / "2008_000223.jpg"

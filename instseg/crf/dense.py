@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from instseg.config import KernelConfig, SemanticCrfConfig
 from instseg.crf.detection import DetectionPotential
-from instseg.crf.lattice import pixel_major
-from instseg.crf.lattice.memory import total_memory
 from instseg.crf.mean_field import MeanFieldState, PairwiseTerm, mean_field
 from instseg.crf.pairwise import Kernels, build_kernels, message_matrices, potts
+from instseg.lattice import pixel_major
+from instseg.lattice.memory import total_memory
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 

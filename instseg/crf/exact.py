@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from instseg.config import Normalization
-from instseg.crf.lattice import check_features
-from instseg.crf.lattice.memory import total_memory
+from instseg.lattice import check_features
+from instseg.lattice.memory import total_memory
 
 _BLOCK_ELEMENTS = 1 << 24  # entries of a kernel that are computed at a time
 _KEPT = 1 / 8  # share of the memory in which kernels are kept

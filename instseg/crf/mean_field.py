@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from instseg.crf.detection import DetectionPotential
-from instseg.crf.lattice import softmax
 from instseg.crf.pairwise import Kernels
+from instseg.lattice import softmax
 
 
 class MeanFieldState(NamedTuple):

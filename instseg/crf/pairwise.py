@@ -10,8 +10,8 @@ from torch import Tensor
 
 from instseg.config import KernelConfig
 from instseg.crf.exact import ExactKernels
-from instseg.crf.lattice import build_lattice
-from instseg.crf.lattice.memory import empty
+from instseg.lattice import build_lattice
+from instseg.lattice.memory import empty
 
 
 class Kernels(Protocol):

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
-from types import ModuleType
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from instseg.config import Normalization
-from instseg.crf.lattice.embedding import check_features
 
 
 @dataclass(frozen=True)
@@ -68,6 +62,21 @@ class Lattice(ABC):
     def normalized(self, symmetric: bool) -> Self:
         """Divided by each kernel's norm K_m 1, by its square root on either side if `symmetric`; may use up the old."""
 
+    @staticmethod
+    @abstractmethod
+    def softmax_backward(q: Tensor, grad: Tensor) -> Tensor:
+        """The gradient with respect to the energy, from that of q = softmax(-energy), both (N, L)."""
+
+    @staticmethod
+    @abstractmethod
+    def as_rows(values: Tensor) -> Tensor:
+        """`values` (N, L), or a copy if the backend could not read them as they are."""
+
+    @staticmethod
+    @abstractmethod
+    def copy_rows(values: Tensor) -> Tensor:
+        """A copy of `values` (N, L), laid out as the backend reads it fastest."""
+
     def energy(self, q: Tensor, energy: Tensor, matrices: Tensor) -> Tensor:
         """`energy` (N, L) plus the message sum_m K_m q A_m, with `matrices` A (number of kernels, L, L).
 
@@ -119,7 +128,7 @@ class Lattice(ABC):
         """
         adjoint = self.adjoint()
         grad_q = adjoint.slice(grad_on_vertices, zeros(energy))
-        grad = softmax_backward(self.slice_softmax(on_vertices, energy), grad_q)
+        grad = self.softmax_backward(self.slice_softmax(on_vertices, energy), grad_q)
         grad_energy += grad
         return adjoint.splat(grad)
 
@@ -145,7 +154,7 @@ class _Message(torch.autograd.Function):
         adjoint = ctx.lattice.adjoint()
         (grad,) = grad_outputs
         if q is not None:
-            grad = softmax_backward(q, grad)
+            grad = ctx.lattice.softmax_backward(q, grad)
         splatted = adjoint.splat(grad)
         grad_matrices = adjoint.inner(blurred, splatted) if ctx.needs_input_grad[2] else None
         grad_q = None
@@ -168,7 +177,7 @@ class _Inference(torch.autograd.Function):
         overwrite: bool,
     ) -> Tensor:
         history = []
-        energy = _backend(energy.device).as_rows(energy)
+        energy = lattice.as_rows(energy)
         on_vertices = lattice.step(mixed := zeros(energy), energy)
         for iteration in range(num_iterations):
             on_vertices = lattice.blur(on_vertices)
@@ -188,7 +197,7 @@ class _Inference(torch.autograd.Function):
         energy, matrices, q, *history = ctx.saved_tensors
         lattice, adjoint = ctx.lattice, ctx.lattice.adjoint()
         (grad,) = grad_outputs
-        grad_energy = _backend(energy.device).copy_rows(grad) if q is None else softmax_backward(q, grad)
+        grad_energy = lattice.copy_rows(grad) if q is None else lattice.softmax_backward(q, grad)
         grad_matrices = torch.zeros_like(matrices)
         splatted = adjoint.splat(grad_energy)
         while history:
@@ -201,92 +210,6 @@ class _Inference(torch.autograd.Function):
         return grad_energy, grad_matrices, None, None, None, None, None
 
 
-class _Softmax(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, energy: Tensor) -> Tensor:
-        q = _backend(energy.device).softmax(energy)
-        ctx.save_for_backward(q)
-        return q
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return softmax_backward(*ctx.saved_tensors, *grad_outputs)
-
-
-class _CopyRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        del ctx
-        return _backend(values.device).copy_rows(values)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        del ctx
-        return grad_outputs[0]
-
-
-def softmax(energy: Tensor) -> Tensor:
-    """Marginals (N, L), exp(-energy) normalised; on CPUs several times as fast as torch's where labels are few."""
-    return _Softmax.apply(energy)  # pyright: ignore[reportReturnType]
-
-
-def softmax_backward(q: Tensor, grad: Tensor) -> Tensor:
-    """The gradient with respect to the energy, from that of q = softmax(-energy), both (N, L)."""
-    return _backend(q.device).softmax_backward(q, grad)
-
-
-def pixel_major(values: Tensor) -> Tensor:
-    """(N, L) from (L, ...), laid out as the backend reads it fastest; differentiable."""
-    return _CopyRows.apply(values.flatten(1).T)  # pyright: ignore[reportReturnType]
-
-
 def zeros(like: Tensor) -> Tensor:
     """(1, L) energies of 0, which stand for any number of rows."""
     return like.new_zeros(1, like.shape[1])
-
-
-def build_lattice(
-    features: Sequence[Tensor],
-    normalization: Normalization = "none",
-    *,
-    ring: bool = False,
-    lengths: Sequence[int] | None = None,
-) -> Lattice:
-    """Build the lattice of one or several kernels over the same N points.
-
-    Args:
-        features: For each kernel (N, C_m), divided by its standard deviation theta; all of one floating dtype.
-        normalization: "after" divides by K 1 (CRF-as-RNN); "symmetric" multiplies by (K 1)^-1/2 on either side
-            (Kraehenbuehl & Koltun); "none" leaves the lattice's own scale, which lies below the true kernel's.
-        ring: Add the vertices next to those that a point touches. Blurring then loses less of what passes through
-            them: more exact, for 2 to 6 times the vertices.
-        lengths: The numbers of points of several images, in order; no vertex is shared between them.
-
-    Raises:
-        ValueError: If features are not finite, there are no points, or they spread so far that a lattice coordinate
-            overflows its 64-bit key.
-    """
-    for kernel in features:
-        check_features(kernel)
-    lengths = list(lengths or [len(features[0])])
-    if any(len(kernel) != sum(lengths) for kernel in features):
-        raise ValueError(f"lengths: expected numbers of points that sum up to {len(features[0])}, got {lengths}")
-    lattice = _backend(features[0].device).build(features, ring, lengths)
-    if normalization != "none":
-        return lattice.normalized(symmetric=normalization == "symmetric")
-    # The factors that make one isolated vertex reproduce the volume of the continuous Gaussian.
-    counts = torch.tensor([kernel.shape[1] for kernel in features])
-    factors = (1 / (1 + 0.5 ** counts.double())).repeat_interleave(counts + 1).to(lattice.slice_weights)
-    return replace(lattice, slice_weights=lattice.slice_weights * factors)
-
-
-def _backend(device: torch.device) -> ModuleType:
-    """The backend written for `device`, where its compiler is installed; numba and triton are optional."""
-    if device.type == "cpu" and find_spec("numba"):
-        from instseg.crf.lattice import numba_backend as backend
-    elif device.type == "cuda" and find_spec("triton"):
-        from instseg.crf.lattice import triton_backend as backend
-    else:
-        from instseg.crf.lattice import torch_backend as backend
-    return backend

@@ -1,11 +1,11 @@
-"""The compiled loops of `numba_backend`: softmax over rows of labels that are padded to whole vectors."""
+"""The compiled loops: softmax over rows of labels that are padded to whole vectors."""
 
 from __future__ import annotations
 
 import numpy as np
 from numba import prange
 
-from instseg.crf.lattice.simd import (
+from instseg.lattice.cpu.simd import (
     add,
     broadcast,
     compiled,

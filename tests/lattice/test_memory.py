@@ -7,8 +7,8 @@ import gc
 import pytest
 import torch
 
-from instseg.crf.lattice import memory
-from instseg.crf.lattice.memory import empty
+from instseg.lattice import memory
+from instseg.lattice.memory import empty
 
 MEGABYTES = 1 << 18  # float32 elements
 

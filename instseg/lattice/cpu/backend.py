@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from instseg.crf.lattice import build_loops, softmax_loops
-from instseg.crf.lattice.embedding import deviations, key_layout, slices
-from instseg.crf.lattice.memory import empty
-from instseg.crf.lattice.numba_lattice import NumbaLattice
-from instseg.crf.lattice.rows import as_rows, copy_rows, empty_rows, padded_rows
-from instseg.crf.lattice.threads import even_bounds, parts, run
+from instseg.lattice.cpu import build_loops
+from instseg.lattice.cpu.lattice import NumbaLattice
+from instseg.lattice.cpu.rows import as_rows, copy_rows, softmax, softmax_backward
+from instseg.lattice.cpu.threads import parts, run
+from instseg.lattice.embedding import deviations, key_layout, slices
+from instseg.lattice.memory import empty
 
 __all__ = ["as_rows", "build", "copy_rows", "softmax", "softmax_backward"]
 
@@ -88,26 +88,6 @@ def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> Num
         directions=directions,
         chains=chains,
     )
-
-
-def softmax(energy: Tensor) -> Tensor:
-    """As `torch_backend.softmax`."""
-    if energy.dtype != torch.float32:
-        return (-energy).softmax(1)
-    out = empty_rows(len(energy), energy)
-    bounds = even_bounds(len(energy), energy.shape[1])
-    arrays = energy.shape[1], *map(padded_rows, (energy, out))
-    run(softmax_loops.softmax, softmax_loops.parallel_softmax, bounds, *arrays)
-    return out
-
-
-def softmax_backward(q: Tensor, grad: Tensor) -> Tensor:
-    """As `torch_backend.softmax_backward`."""
-    out = empty_rows(len(q), q)
-    bounds = even_bounds(len(q), q.shape[1])
-    arrays = q.shape[1], *map(padded_rows, (q, grad, out))
-    run(softmax_loops.softmax_backward, softmax_loops.parallel_softmax_backward, bounds, *arrays)
-    return out
 
 
 def _build_part(

@@ -1,14 +1,15 @@
-"""Rows of labels that are padded to whole vectors, as the compiled loops want them."""
+"""Rows of labels that are padded to whole vectors, as the compiled loops want them, and their softmax."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from instseg.crf.lattice import filter_loops
-from instseg.crf.lattice.memory import empty
-from instseg.crf.lattice.simd import LANES
-from instseg.crf.lattice.threads import even_bounds, run
+from instseg.lattice.cpu import filter_loops, softmax_loops
+from instseg.lattice.cpu.simd import LANES
+from instseg.lattice.cpu.threads import even_bounds, run
+from instseg.lattice.memory import empty
 
 _CACHE_LINE = 64  # bytes
 
@@ -41,6 +42,26 @@ def as_rows(values: Tensor) -> Tensor:
 def padded_rows(tensor: Tensor) -> np.ndarray:
     """(num_rows, whole vectors): the rows of a tensor, or of its copy, the padding included."""
     return _padded(as_rows(tensor))
+
+
+def softmax(energy: Tensor) -> Tensor:
+    """As `torch_backend.softmax`."""
+    if energy.dtype != torch.float32:
+        return (-energy).softmax(1)
+    out = empty_rows(len(energy), energy)
+    bounds = even_bounds(len(energy), energy.shape[1])
+    arrays = energy.shape[1], *map(padded_rows, (energy, out))
+    run(softmax_loops.softmax, softmax_loops.parallel_softmax, bounds, *arrays)
+    return out
+
+
+def softmax_backward(q: Tensor, grad: Tensor) -> Tensor:
+    """As `torch_backend.softmax_backward`."""
+    out = empty_rows(len(q), q)
+    bounds = even_bounds(len(q), q.shape[1])
+    arrays = q.shape[1], *map(padded_rows, (q, grad, out))
+    run(softmax_loops.softmax_backward, softmax_loops.parallel_softmax_backward, bounds, *arrays)
+    return out
 
 
 def _padded(rows: Tensor) -> np.ndarray:

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from instseg.crf.lattice import torch_backend
-from instseg.crf.lattice.torch_backend import TorchLattice, as_rows, copy_rows
+from instseg.lattice import torch_backend
+from instseg.lattice.torch_backend import TorchLattice, as_rows, copy_rows
 
 __all__ = ["as_rows", "build", "copy_rows", "softmax", "softmax_backward"]
 
@@ -40,6 +40,24 @@ class Level(NamedTuple):
     num_partials: int
 
 
+def softmax(energy: Tensor) -> Tensor:
+    """As `torch_backend.softmax`, whose it is where a row is longer than a tile."""
+    if energy.shape[1] > _TILE:
+        return torch_backend.softmax(energy)
+    out = torch.empty_like(energy, memory_format=torch.contiguous_format)
+    _launch(_softmax, *out.shape, energy.contiguous(), out)
+    return out
+
+
+def softmax_backward(q: Tensor, grad: Tensor) -> Tensor:
+    """As `torch_backend.softmax_backward`, whose it is where a row is longer than a tile."""
+    if q.shape[1] > _TILE:
+        return torch_backend.softmax_backward(q, grad)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _launch(_softmax_backward, *out.shape, q.contiguous(), grad.contiguous(), out)
+    return out
+
+
 @dataclass(frozen=True)
 class TritonLattice(TorchLattice):
     """A torch lattice with `vertices` and `neighbors` in int32, applied by kernels.
@@ -56,6 +74,8 @@ class TritonLattice(TorchLattice):
     directions: Tensor
     points: Tensor
     levels: tuple[Level, ...]
+
+    softmax_backward = staticmethod(softmax_backward)
 
     def splat(self, values: Tensor) -> Tensor:
         on_vertices = values.new_empty(len(self.offsets) + 1, values.shape[1])
@@ -121,24 +141,6 @@ def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> Tri
         "levels": tuple(_levels(torch.diff(built.offsets, append=ends))),
     }
     return TritonLattice(**fields)
-
-
-def softmax(energy: Tensor) -> Tensor:
-    """As `torch_backend.softmax`, whose it is where a row is longer than a tile."""
-    if energy.shape[1] > _TILE:
-        return torch_backend.softmax(energy)
-    out = torch.empty_like(energy, memory_format=torch.contiguous_format)
-    _launch(_softmax, *out.shape, energy.contiguous(), out)
-    return out
-
-
-def softmax_backward(q: Tensor, grad: Tensor) -> Tensor:
-    """As `torch_backend.softmax_backward`, whose it is where a row is longer than a tile."""
-    if q.shape[1] > _TILE:
-        return torch_backend.softmax_backward(q, grad)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _launch(_softmax_backward, *out.shape, q.contiguous(), grad.contiguous(), out)
-    return out
 
 
 def _levels(counts: Tensor) -> Iterator[Level]:

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
-from instseg.crf.lattice import Lattice, build_lattice, torch_backend, zeros
-from instseg.crf.lattice import base as lattice_module
-from instseg.crf.lattice.torch_backend import TorchLattice
-from tests.crf.test_lattice import both, message, positions, random_values
+from instseg.lattice import Lattice, backends, build_lattice, torch_backend
+from instseg.lattice.operator import zeros
+from instseg.lattice.torch_backend import TorchLattice
+from tests.lattice.test_lattice import both, message, positions, random_values
 
 triton_backend = pytest.importorskip(
-    "instseg.crf.lattice.triton_backend", reason="triton is not installed", exc_type=ImportError
+    "instseg.lattice.triton_backend", reason="triton is not installed", exc_type=ImportError
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -64,7 +64,7 @@ def built(monkeypatch):
         return lattice, TorchLattice(**tree_map_only(torch.Tensor, torch.Tensor.cpu, values))
 
     if INTERPRETED:
-        monkeypatch.setattr(lattice_module, "_backend", lambda device: triton_backend)
+        monkeypatch.setattr(backends, "_backend", lambda device: triton_backend)
     return build
 
 
@@ -166,7 +166,7 @@ def with_gradients(lattice: Lattice, device: torch.device, dtype: torch.dtype, n
 def test_steps_and_gradients_are_those_of_torch(built, monkeypatch, normalization, ring, num_labels, dtype):
     lattice, reference = built(kernels(dtype), normalization, ring=ring)
     ours = with_gradients(lattice, DEVICE, dtype, num_labels)
-    monkeypatch.setattr(lattice_module, "_backend", lambda device: torch_backend)
+    monkeypatch.setattr(backends, "_backend", lambda device: torch_backend)
     for one, other in zip(ours, with_gradients(reference, torch.device("cpu"), dtype, num_labels), strict=True):
         assert_same(one, other, scale=10)
 
@@ -186,7 +186,7 @@ def test_the_whole_is_that_of_a_cpu_from_the_features_on(built, monkeypatch, dty
     lattice, _ = built(kernels(dtype), "symmetric", ring=True)
     values = random_values(NUM_POINTS, 21, dtype=dtype)
     ours = message(lattice, values.to(DEVICE), 2.0, 3.0)
-    monkeypatch.setattr(lattice_module, "_backend", lambda device: torch_backend)
+    monkeypatch.setattr(backends, "_backend", lambda device: torch_backend)
     reference = build_lattice([kernel.cpu() for kernel in kernels(dtype)], "symmetric", ring=True)
     assert_same(ours, message(reference, values, 2.0, 3.0))
 
@@ -222,4 +222,4 @@ def test_two_runs_are_equal_bit_for_bit(built):
 
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gets_this_backend():
-    assert lattice_module._backend(DEVICE) is triton_backend
+    assert backends._backend(DEVICE) is triton_backend

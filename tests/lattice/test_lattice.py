@@ -11,11 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from instseg.crf.lattice import Lattice, build_lattice
-from instseg.crf.lattice import base as lattice_module
-from instseg.crf.lattice.numba_lattice import NumbaLattice
-from instseg.crf.lattice.torch_backend import _elevate
 from instseg.crf.pairwise import potts
+from instseg.lattice import Lattice, backends, build_lattice
+from instseg.lattice.cpu.lattice import NumbaLattice
+from instseg.lattice.torch_backend import _elevate
 from tests.oracles import gaussian_kernel
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -61,10 +60,10 @@ def assert_same_on_threads(run: Callable[[], list[torch.Tensor]], threads: int) 
         torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["numba_backend", "torch_backend"])
+@pytest.fixture(params=["cpu.backend", "torch_backend"])
 def backend(request, monkeypatch):
-    module = import_module(f"instseg.crf.lattice.{request.param}")
-    monkeypatch.setattr(lattice_module, "_backend", lambda device: module)
+    module = import_module(f"instseg.lattice.{request.param}")
+    monkeypatch.setattr(backends, "_backend", lambda device: module)
     return module
 
 
@@ -109,9 +108,9 @@ def test_backends_agree(normalization, ring, monkeypatch):
     values, energy = random_values(720, 5), random_values(720, 5, seed=1)
     matrices = random_values(2, 5, 5, seed=2)
     results = []
-    for name in ("numba_backend", "torch_backend"):
-        module = import_module(f"instseg.crf.lattice.{name}")
-        monkeypatch.setattr(lattice_module, "_backend", lambda device, module=module: module)
+    for name in ("cpu.backend", "torch_backend"):
+        module = import_module(f"instseg.lattice.{name}")
+        monkeypatch.setattr(backends, "_backend", lambda device, module=module: module)
         lattice = build_lattice(both(), normalization, ring=ring)
         single = build_lattice([f.float() for f in both()], normalization, ring=ring)
         floats = (values.float(), energy.float(), matrices.float())
@@ -120,7 +119,7 @@ def test_backends_agree(normalization, ring, monkeypatch):
             lattice.energy(values, energy, matrices),
             lattice.update(values, energy, matrices),
             single.update(*floats),  # of energies of about 100: a float32 rounding is 1e-5
-            lattice_module.softmax(10 * energy.float()),
+            backends.softmax(10 * energy.float()),
         ])  # fmt: skip
     for ours, reference in zip(*results, strict=True):
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-12 if ours.dtype == torch.float64 else 2e-5)
@@ -155,7 +154,7 @@ def test_gradcheck(backend, normalization):
     assert torch.autograd.gradcheck(lattice.update, inputs)
     assert torch.autograd.gradcheck(lambda energy, matrices: lattice.infer(energy, matrices, 3, False), inputs[1:])
     assert torch.autograd.gradcheck(lambda energy, matrices: lattice.infer(energy, matrices, 2, True), inputs[1:])
-    assert torch.autograd.gradcheck(lattice_module.softmax, inputs[1:2])
+    assert torch.autograd.gradcheck(backends.softmax, inputs[1:2])
 
 
 def test_float32_gradients_are_those_of_float64(backend):
@@ -182,7 +181,7 @@ def test_inference_is_its_steps_one_by_one(backend, dtype):
         if whole:
             result = lattice.infer(energy, matrices, 3, normalize=True)
         else:
-            q = lattice_module.softmax(energy)
+            q = backends.softmax(energy)
             for _ in range(2):
                 q = lattice.update(q, energy, matrices)
             result = lattice.update(q, energy, matrices)
@@ -282,8 +281,8 @@ def test_what_lies_in_new_memory_does_not_matter(monkeypatch, num_labels):
         return torch.full(tuple(shape), torch.nan if dtype.is_floating_point else 0x7F, dtype=dtype)
 
     expected = run()
-    for module in ("rows", "numba_backend", "numba_lattice"):
-        monkeypatch.setattr(import_module(f"instseg.crf.lattice.{module}"), "empty", poisoned)
+    for module in ("cpu.rows", "cpu.backend", "cpu.lattice"):
+        monkeypatch.setattr(import_module(f"instseg.lattice.{module}"), "empty", poisoned)
     assert all(torch.equal(*pair) for pair in zip(expected, run(), strict=True))
 
 
@@ -317,7 +316,7 @@ def test_inference_leaves_the_gradient_that_it_is_given(backend):
 
 def test_many_bands(monkeypatch):
     """More bands than threads, and a last one that is shorter."""
-    monkeypatch.setattr("instseg.crf.lattice.numba_backend._BAND", 40)
+    monkeypatch.setattr("instseg.lattice.cpu.backend._BAND", 40)
     values = random_values(720, 3)
     ours = message(build_lattice(both(), "after", ring=True), values, 1.0, 2.0)
     monkeypatch.undo()

@@ -10,8 +10,28 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from instseg.crf.lattice.base import Lattice, zeros
-from instseg.crf.lattice.embedding import deviations, key_layout, slices
+from instseg.lattice.embedding import deviations, key_layout, slices
+from instseg.lattice.operator import Lattice, zeros
+
+
+def softmax(energy: Tensor) -> Tensor:
+    """Marginals (N, L), exp(-energy) normalised over the labels."""
+    return (-energy).softmax(1)
+
+
+def softmax_backward(q: Tensor, grad: Tensor) -> Tensor:
+    """The gradient with respect to the energy, from that of q = softmax(-energy)."""
+    return -q * (grad - (q * grad).sum(1, keepdim=True))
+
+
+def as_rows(values: Tensor) -> Tensor:
+    """`values` (N, L), or a copy if the backend could not read them as they are."""
+    return values
+
+
+def copy_rows(values: Tensor) -> Tensor:
+    """A copy of `values` (N, L), laid out as the backend reads it fastest."""
+    return values.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -31,6 +51,10 @@ class TorchLattice(Lattice):
     vertices: Tensor
     order: Tensor
     offsets: Tensor
+
+    softmax_backward = staticmethod(softmax_backward)
+    as_rows = staticmethod(as_rows)
+    copy_rows = staticmethod(copy_rows)
 
     def splat(self, values: Tensor) -> Tensor:  # noqa: D102 (the base class says it)
         weights = self.splat_weights.flatten()[self.order]
@@ -76,26 +100,6 @@ class TorchLattice(Lattice):
         slice_weights = self.slice_weights * factors.repeat_interleave(num_corners, 1)
         splat_weights = slice_weights if symmetric else self.splat_weights
         return replace(self, splat_weights=splat_weights, slice_weights=slice_weights)
-
-
-def softmax(energy: Tensor) -> Tensor:
-    """Marginals (N, L), exp(-energy) normalised over the labels."""
-    return (-energy).softmax(1)
-
-
-def softmax_backward(q: Tensor, grad: Tensor) -> Tensor:
-    """The gradient with respect to the energy, from that of q = softmax(-energy)."""
-    return -q * (grad - (q * grad).sum(1, keepdim=True))
-
-
-def as_rows(values: Tensor) -> Tensor:
-    """`values` (N, L), or a copy if the backend could not read them as they are."""
-    return values
-
-
-def copy_rows(values: Tensor) -> Tensor:
-    """A copy of `values` (N, L), laid out as the backend reads it fastest."""
-    return values.clone(memory_format=torch.contiguous_format)
 
 
 def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> TorchLattice:

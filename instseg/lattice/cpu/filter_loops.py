@@ -1,4 +1,4 @@
-"""The compiled loops of `numba_backend`: filters, and whole mean-field steps.
+"""The compiled loops: filters, and whole mean-field steps.
 
 Values on the vertices stand in rows of labels, padded to whole vectors; what is in the padding never reaches a label.
 Pixels come in bands, whose number depends on the image alone. A vertex has the row of its own number, which the first
@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from instseg.crf.lattice.simd import (
+from instseg.lattice.cpu.simd import (
     add,
     broadcast,
     compiled,
@@ -24,7 +24,7 @@ from instseg.crf.lattice.simd import (
     reduce_add,
     store,
 )
-from instseg.crf.lattice.softmax_loops import BLOCK, softmax_backward, softmax_block
+from instseg.lattice.cpu.softmax_loops import BLOCK, softmax_backward, softmax_block
 
 CHUNK = 1 << 13  # rows that `inner` adds up before it starts a new sum
 

@@ -1,11 +1,11 @@
-"""The compiled loops of `numba_backend`: building. Each works on a range of rows."""
+"""The compiled loops: building. Each works on a range of rows."""
 
 from __future__ import annotations
 
 import numpy as np
 from numba import prange
 
-from instseg.crf.lattice.simd import compiled, element, prefetch, set_element
+from instseg.lattice.cpu.simd import compiled, element, prefetch, set_element
 
 _EMPTY = np.int64(-1)  # keys are not negative
 _AHEAD = 16  # keys by which memory is asked for in advance

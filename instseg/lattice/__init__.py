@@ -5,16 +5,17 @@ C+1 lattice directions) and slice (vertices to pixels), so that it serves every 
 and both CRFs. Several kernels, each with its own features, lie side by side in one lattice: their corners are columns
 of the same arrays, so that a pixel is read and written once per iteration. Several images lie one after another.
 
-    base.py            the maps, a mean-field step and a whole inference made of them, their gradients
+    operator.py        the maps, a mean-field step and a whole inference made of them, their gradients
     embedding.py       where a point lies in the lattice, keys of vertices
+    backends.py        who builds the lattice of an image: that of its device
     torch_backend.py   anywhere; the reference
-    numba_backend.py   on a CPU: building, and numba_lattice.py, the maps; compiled loops in build_loops.py,
-                       filter_loops.py and softmax_loops.py, written with the vectors of simd.py; rows.py, threads.py,
-                       memory.py
     triton_backend.py  on a GPU
+    cpu/               on a CPU: loops compiled by numba
+    memory.py          memory of a CPU that is kept for the next image
 """
 
-from instseg.crf.lattice.base import Lattice, build_lattice, pixel_major, softmax, softmax_backward, zeros
-from instseg.crf.lattice.embedding import check_features
+from instseg.lattice.backends import build_lattice, pixel_major, softmax
+from instseg.lattice.embedding import check_features
+from instseg.lattice.operator import Lattice
 
-__all__ = ["Lattice", "build_lattice", "check_features", "pixel_major", "softmax", "softmax_backward", "zeros"]
+__all__ = ["Lattice", "build_lattice", "check_features", "pixel_major", "softmax"]

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from instseg.crf.lattice import build_loops
-from instseg.crf.lattice import filter_loops as loops
-from instseg.crf.lattice.base import Lattice
-from instseg.crf.lattice.memory import empty
-from instseg.crf.lattice.rows import empty_rows, padded_rows
-from instseg.crf.lattice.threads import even_bounds, parts, run
+from instseg.lattice.cpu import build_loops
+from instseg.lattice.cpu import filter_loops as loops
+from instseg.lattice.cpu.rows import as_rows, copy_rows, empty_rows, padded_rows, softmax_backward
+from instseg.lattice.cpu.threads import even_bounds, parts, run
+from instseg.lattice.memory import empty
+from instseg.lattice.operator import Lattice
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class NumbaLattice(Lattice):
     spilled: np.ndarray
     directions: np.ndarray
     chains: np.ndarray
+
+    softmax_backward = staticmethod(softmax_backward)
+    as_rows = staticmethod(as_rows)
+    copy_rows = staticmethod(copy_rows)
 
     def splat(self, values: Tensor) -> Tensor:  # noqa: D102 (the base class says it)
         sums = empty_rows(len(self.vertex_of_row), values)
