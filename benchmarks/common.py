@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from instseg.evaluation.report import commit
+from instseg.report.tables import commit
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from instseg.data.synthetic import write_synthetic_devkit
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -27,3 +29,11 @@ def ray_cluster() -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def devkit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generated devkit of four training and two validation images; tests that damage it copy it first."""
+    root = tmp_path_factory.mktemp("devkit")
+    write_synthetic_devkit(str(root), num_train=4, num_val=2, seed=3, size=(64, 96))
+    return root

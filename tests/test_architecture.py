@@ -11,20 +11,22 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MODULES = sorted((REPOSITORY / "instseg").rglob("*.py"))
-# what each part may import of the others; everything may import structures, config and progress
+# What each part may import of the others. Every file of the package is in one of them.
 LAYERS = {
-    "crf": set(),
-    "data": {"cluster"},
-    "evaluation": {"visualize", "cluster"},
-    "models": {"crf", "data"},
-    "training": {"crf", "data", "models", "recipes", "tracking", "cluster"},
+    "structures.py": set(),
+    "config.py": set(),
+    "recipes.py": {"config"},
+    "__init__.py": {"config", "structures", "crf", "models"},  # the public names
+    "lattice": {"config"},
+    "crf": {"config", "lattice"},
+    "data": {"config", "structures"},
+    "models": {"config", "structures", "crf", "data"},
+    "training": {"config", "structures", "crf", "models"},
+    "evaluation": {"config", "structures"},
+    "report": {"config", "structures", "evaluation"},
+    "jobs": {"config", "structures", "recipes", "crf", "data", "models", "training", "evaluation", "report"},
 }
-PLACES = {
-    "ray": ("data/prepare.py", "training/", "evaluation/parallel.py", "cluster.py"),
-    "mlflow": ("tracking.py",),
-    "cv2": ("data/",),
-}
-COMMON = {"structures", "config", "progress"}
+PLACES = {"ray": "jobs/", "mlflow": "jobs/", "cv2": "data/"}
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -32,7 +34,11 @@ def imports(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
+            inside = REPOSITORY.joinpath(*node.module.split("."))
+            modules = [alias.name for alias in node.names if (inside / f"{alias.name}.py").is_file()]
+            yield from (f"{node.module}.{name}" for name in modules)
+            if len(modules) < len(node.names):
+                yield node.module
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(REPOSITORY / "instseg").as_posix())
@@ -41,19 +47,29 @@ def test_imports_respect_the_layers(path):
     part = place.split("/")[0]
     for name in imports(path):
         top, *rest = name.split(".")
-        if top in PLACES:
-            assert place.startswith(PLACES[top]), f"{place} imports {name}"
-        if top == "instseg" and rest and part in LAYERS:
-            assert rest[0] in LAYERS[part] | COMMON | {part}, f"{place} imports {name}"
+        assert place.startswith(PLACES.get(top, "")), f"{place} imports {name}"
+        if top == "instseg":
+            inside = rest[0] if rest else "__init__"
+            assert inside in LAYERS[part] or inside == part.removesuffix(".py"), f"{place} imports {name}"
+
+
+def test_the_lattice_has_no_circle():
+    """The operator knows no backend; none of its files knows who chooses among them."""
+    lattice = REPOSITORY / "instseg" / "lattice"
+    assert not [name for name in imports(lattice / "operator.py") if name.startswith("instseg")]
+    above = {"instseg.lattice", "instseg.lattice.backends"}
+    for path in {*lattice.rglob("*.py")} - {lattice / "__init__.py", lattice / "backends.py"}:
+        assert not above & set(imports(path)), path
 
 
 def test_crf_needs_torch_and_numpy_alone():
-    """Numba and triton are imported by their own backends only, which plain torch replaces where there is neither."""
+    """And so does the lattice; numba and triton are imported by their backends only, which plain torch replaces."""
     allowed = {"torch", "numpy", "instseg", *sys.stdlib_module_names}
-    compiled = ("filter_loops.py", "softmax_loops.py", "build_loops.py", "simd.py", "threads.py")
-    optional = {name: {"numba", "llvmlite"} for name in compiled} | {"triton_backend.py": {"triton"}}
-    for path in (REPOSITORY / "instseg" / "crf").rglob("*.py"):
-        assert {name.split(".")[0] for name in imports(path)} <= allowed | optional.get(path.name, set()), path
+    optional = {"cpu": {"numba", "llvmlite"}, "triton_backend.py": {"triton"}}
+    for part in ("crf", "lattice"):
+        for path in (REPOSITORY / "instseg" / part).rglob("*.py"):
+            extra = optional.get(path.parent.name, set()) | optional.get(path.name, set())
+            assert {name.split(".")[0] for name in imports(path)} <= allowed | extra, path
 
 
 def test_no_pickle_and_no_absolute_home_paths():

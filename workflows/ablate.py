@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from instseg.config import AblateConfig
-from instseg.workflow import ablate
+from instseg.jobs.evaluate import ablate
 
 
 def main() -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from instseg.config import AblateConfig, PrepareConfig, TrackingConfig
-from instseg.data.prepare import prepare
 from instseg.data.synthetic import write_synthetic_devkit
+from instseg.jobs.evaluate import ablate
+from instseg.jobs.prepare import prepare
+from instseg.jobs.train import train
 from instseg.recipes import synthetic
-from instseg.training.run import train
-from instseg.workflow import ablate
 
 OUT = Path("runs/demo")
 

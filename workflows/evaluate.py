@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from instseg.config import EvaluateConfig
-from instseg.workflow import evaluate
+from instseg.jobs.evaluate import evaluate
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from instseg.config import PrepareConfig
-from instseg.data.prepare import prepare
+from instseg.jobs.prepare import prepare
 
 
 def main() -> None:

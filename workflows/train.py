@@ -25,7 +25,7 @@ def main() -> None:
     default = recipe(tyro.MISSING, tyro.MISSING)
     config = tyro.cli(TrainConfig, default=default, description=description, args=rest)
 
-    from instseg.training.run import train
+    from instseg.jobs.train import train
 
     train(config)
 

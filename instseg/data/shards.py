@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from instseg.data.coco import DetectionRecord, import_detections, read_logits
 from instseg.data.foreground import compute_foregrounds
+from instseg.data.network_outputs import DetectionRecord, import_detections, read_logits
 from instseg.data.quarantine import CorruptItemError, QuarantineRow
 from instseg.data.schema import SCHEMA, encode_row
 from instseg.data.voc import VocDevkit

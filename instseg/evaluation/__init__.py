@@ -1,1 +1,1 @@
-"""Scoring: AP^r and mean IoU in pure NumPy, over Ray actors, into a report."""
+"""Scoring in pure NumPy: AP^r and mean IoU."""

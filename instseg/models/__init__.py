@@ -1,1 +1,1 @@
-"""Semantic networks, and the whole network of Figure 2."""
+"""Semantic networks, the whole network of Figure 2, and its checkpoints."""

@@ -1,1 +1,1 @@
-"""Losses, the training loop of a worker, the driver, and checkpoints."""
+"""What training minimises. Pure torch."""

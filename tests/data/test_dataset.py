@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instseg.data.coco import read_detections
 from instseg.data.dataset import PreparedDataset
-from instseg.data.prepare import read_classes
+from instseg.data.network_outputs import read_detections
 from instseg.data.schema import FORMAT_VERSION
 from instseg.data.shards import ShardPlan, make_shard
 from instseg.data.voc import open_devkit
+from instseg.jobs.prepare import read_classes
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instseg.data.coco import import_detections, read_detections, read_logits
-from instseg.data.prepare import read_classes
+from instseg.data.network_outputs import import_detections, read_detections, read_logits
 from instseg.data.scenes import draw_scene
 from instseg.data.synthetic import write_synthetic_devkit
 from instseg.data.voc import open_devkit
+from instseg.jobs.prepare import read_classes
 
 
 def _content(root: Path) -> dict[str, bytes]:

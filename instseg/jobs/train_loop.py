@@ -19,9 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from instseg.config import TrainConfig
 from instseg.data.dataset import PreparedDataset
-from instseg.models.network import InstanceNetwork
-from instseg.structures import Sample
-from instseg.training.checkpoint import (
+from instseg.models.checkpoint import (
     FOLDER,
     Checkpoint,
     epoch_folder,
@@ -29,6 +27,8 @@ from instseg.training.checkpoint import (
     restore,
     save_checkpoint,
 )
+from instseg.models.network import InstanceNetwork
+from instseg.structures import Sample
 from instseg.training.losses import instance_loss, semantic_loss
 
 LOG = "train.log"

@@ -16,14 +16,14 @@ import ray.train
 import torch
 from ray.train.torch import TorchTrainer
 
-from instseg.cluster import cluster
 from instseg.config import ModelConfig, TrainConfig
 from instseg.data.dataset import PreparedDataset
+from instseg.jobs.cluster import cluster
+from instseg.jobs.tracking import Tracker
+from instseg.jobs.train_loop import LOG, log_line, train_loop, training_settings
+from instseg.models.checkpoint import Checkpoint, find_checkpoint, latest_checkpoint
 from instseg.models.network import InstanceNetwork
 from instseg.models.semantic import FCN8S, LOGITS
-from instseg.tracking import Tracker
-from instseg.training.checkpoint import Checkpoint, find_checkpoint, latest_checkpoint
-from instseg.training.loop import LOG, log_line, train_loop, training_settings
 
 _SPOOL = "mlflow_spool.jsonl"
 _STEPS_PER_POINT = 10  # of the curves in MLflow

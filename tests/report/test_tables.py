@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from instseg.evaluation.ap_r import ImageRecord
-from instseg.evaluation.report import Evaluation, ablation_tables, per_class, summary, write_report
+from instseg.report.tables import Evaluation, ablation_tables, per_class, summary, write_report
 
 CLASSES = ("background", "cat", "dog")
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instseg.data.coco import DetectionRecord, import_detections, read_detections, read_logits
+from instseg.data.network_outputs import DetectionRecord, import_detections, read_detections, read_logits
 from instseg.data.quarantine import CorruptItemError
 
 SIZE, NUM_LABELS = (60, 80), 21  # height, width

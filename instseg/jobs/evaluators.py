@@ -17,7 +17,7 @@ from ray.util import ActorPool
 
 from instseg.config import ModelConfig
 from instseg.evaluation.ap_r import ImageRecord, image_record
-from instseg.progress import follow
+from instseg.jobs.progress import follow
 from instseg.structures import InstanceMap, Sample
 
 MAX_RESTARTS = 3  # of an actor whose process dies, e.g. for lack of memory

@@ -19,9 +19,9 @@ import pytest
 
 from instseg.config import PrepareConfig
 from instseg.data.dataset import PreparedDataset
-from instseg.data.prepare import prepare
 from instseg.data.quarantine import read_quarantine
 from instseg.data.synthetic import write_synthetic_devkit
+from instseg.jobs.prepare import prepare
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_IMAGES, SHARD_SIZE = 10, 4
@@ -86,7 +86,7 @@ def test_every_image_is_there_once(prepared: Path) -> None:
 def test_bytes_depend_on_neither_cpus_nor_paths(devkit: Path, prepared: Path, tmp_path: Path) -> None:
     shutil.copytree(devkit, tmp_path / "elsewhere")
     script = (
-        "import ray, sys, tyro; from instseg.config import PrepareConfig; from instseg.data.prepare import prepare\n"
+        "import ray, sys, tyro; from instseg.config import PrepareConfig; from instseg.jobs.prepare import prepare\n"
         "ray.init(num_cpus=1, include_dashboard=False); prepare(tyro.cli(PrepareConfig))"
     )
     options = "--devkit . --split train --detections detections.json --logits logits --classes classes.txt --out ../one"

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from instseg import tracking
 from instseg.config import TrackingConfig
-from instseg.tracking import Tracker, how_to_open, resolve_uri
+from instseg.jobs import tracking
+from instseg.jobs.tracking import Tracker, how_to_open, resolve_uri
 
 UNREACHABLE = TrackingConfig(uri="http://127.0.0.1:9")
 
@@ -233,14 +233,14 @@ def test_uri_and_how_to_open_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_mlflow_is_not_imported_by_importing_us() -> None:
-    code = "import sys, instseg.tracking; sys.exit('mlflow' in sys.modules)"
+    code = "import sys, instseg.jobs.tracking; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_first_contact_is_silent(tmp_path: Path) -> None:
     code = """
 from instseg.config import TrackingConfig
-from instseg.tracking import Tracker
+from instseg.jobs.tracking import Tracker
 Tracker.start(TrackingConfig(uri="sqlite:///new.db"), "name", {}, {}, "spool").finish()
 """
     command = [sys.executable, "-c", code]

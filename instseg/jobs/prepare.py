@@ -7,15 +7,15 @@ import sys
 import time
 from pathlib import Path
 
-from instseg.cluster import cluster
 from instseg.config import PrepareConfig
-from instseg.data.coco import DetectionRecord, read_detections
 from instseg.data.dataset import MANIFEST, PreparedDataset
 from instseg.data.manifest import collect_settings, collect_versions, digest, has_manifest, write_manifest
+from instseg.data.network_outputs import DetectionRecord, read_detections
 from instseg.data.quarantine import QuarantineRow, check_share, read_quarantine, write_quarantine
 from instseg.data.shards import ShardPlan, ShardReport, make_shard
 from instseg.data.voc import BACKGROUND_NAME, VOC_CLASSES, VocDevkit, open_devkit
-from instseg.progress import follow
+from instseg.jobs.cluster import cluster
+from instseg.jobs.progress import follow
 
 QUARANTINE = "quarantine.parquet"
 

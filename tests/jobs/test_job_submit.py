@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import ray
 
-from instseg.training.checkpoint import find_checkpoint
+from instseg.models.checkpoint import find_checkpoint
 
 pytestmark = pytest.mark.ray
 psutil = import_module("psutil", ray.__name__)  # Ray brings it along, and makes it importable

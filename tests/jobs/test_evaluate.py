@@ -14,12 +14,12 @@ import pytest
 from instseg.config import AblateConfig, EvaluateConfig, InstanceCrfConfig, ModelConfig, TrackingConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.evaluation.ap_r import ImageRecord
-from instseg.evaluation.parallel import Evaluators
+from instseg.jobs.evaluate import ROWS, ablate, build_predict, evaluate, load
+from instseg.jobs.evaluators import Evaluators
+from instseg.jobs.tracking import resolve_uri
+from instseg.models.checkpoint import save_checkpoint
 from instseg.models.network import InstanceNetwork
 from instseg.structures import Sample
-from instseg.tracking import resolve_uri
-from instseg.training.checkpoint import save_checkpoint
-from instseg.workflow import ROWS, ablate, build_predict, evaluate, load
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 WORKFLOWS = Path(__file__).parents[2] / "workflows"

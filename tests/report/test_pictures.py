@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from instseg.report.pictures import PALETTE, blend, choose_colours, save_overlay, save_panel
 from instseg.structures import Detections, InstanceMap, Sample
-from instseg.visualize import PALETTE, blend, choose_colours, save_overlay, save_panel
 
 CLASSES = ("background", "cat", "dog")
 

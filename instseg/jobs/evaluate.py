@@ -11,12 +11,16 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from instseg.cluster import cluster
 from instseg.config import AblateConfig, Ablation, EvaluateConfig, ModelConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.evaluation.ap_r import ImageRecord
-from instseg.evaluation.parallel import Evaluators, Predict
-from instseg.evaluation.report import (
+from instseg.jobs.cluster import cluster
+from instseg.jobs.evaluators import Evaluators, Predict
+from instseg.jobs.tracking import Tracker, how_to_open
+from instseg.models.checkpoint import find_checkpoint, from_json, load_network
+from instseg.models.network import InstanceNetwork
+from instseg.report.pictures import save_panel
+from instseg.report.tables import (
     Evaluation,
     ablation_tables,
     circumstances,
@@ -25,11 +29,7 @@ from instseg.evaluation.report import (
     write_json,
     write_report,
 )
-from instseg.models.network import InstanceNetwork
 from instseg.structures import InstanceMap, Sample
-from instseg.tracking import Tracker, how_to_open
-from instseg.training.checkpoint import find_checkpoint, from_json, load_network
-from instseg.visualize import save_panel
 
 Config = TypeVar("Config")
 State = dict[str, np.ndarray]

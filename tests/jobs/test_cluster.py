@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from instseg.cluster import cluster
 from instseg.config import TrackingConfig
-from instseg.tracking import Tracker
+from instseg.jobs.cluster import cluster
+from instseg.jobs.tracking import Tracker
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_local_cluster_listens_on_loopback_only() -> None:
     """In a process of its own: Ray is imported first, and configured by `cluster` all the same."""
     script = (
         "import ray, psutil\n"
-        "from instseg.cluster import cluster\n"
+        "from instseg.jobs.cluster import cluster\n"
         "with cluster():\n"
         "    assert ray.get(ray.remote(lambda: 1).remote()) == 1\n"
         "    ours = [psutil.Process(), *psutil.Process().children(recursive=True)]\n"

@@ -57,7 +57,7 @@ def _start_local(num_cpus: int) -> None:
     ray_constants.ENABLE_RAY_CLUSTER = False
     # Ray makes a token for a local cluster, which is right, and warns of it.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    repository = Path(__file__).resolve().parents[1]
+    repository = Path(__file__).resolve().parents[2]
     python_path = os.pathsep.join(filter(None, [str(repository), os.environ.get("PYTHONPATH")]))
     ray.init(
         address="local",

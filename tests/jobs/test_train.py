@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from instseg.config import ModelConfig, TrackingConfig, TrainConfig
 from instseg.data.schema import SCHEMA
-from instseg.training.checkpoint import epoch_folder, find_checkpoint, load_network
-from instseg.training.run import train
+from instseg.jobs.train import train
+from instseg.models.checkpoint import epoch_folder, find_checkpoint, load_network
 
 psutil = import_module("psutil", ray.__name__)  # Ray brings it along, and makes it importable
 pytestmark = [

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from instseg.config import InstanceCrfConfig, ModelConfig
-from instseg.models.network import InstanceNetwork
-from instseg.training import checkpoint as module
-from instseg.training.checkpoint import (
+from instseg.models import checkpoint as module
+from instseg.models.checkpoint import (
     epoch_folder,
     find_checkpoint,
     from_json,
@@ -19,6 +18,7 @@ from instseg.training.checkpoint import (
     load_network,
     save_checkpoint,
 )
+from instseg.models.network import InstanceNetwork
 
 MODEL = ModelConfig(instance_crf=InstanceCrfConfig(num_iterations=7))
 
