@@ -1,4 +1,4 @@
-"""The benchmark contract: alternating measurements, median and spread, and the circumstances, as JSON."""
+"""The benchmark contract: alternating measurements, median and spread, and where they come from, as JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from instseg.report.tables import commit
+from instseg.report.provenance import commit
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -45,12 +45,12 @@ def _summary(values: list[float], peer: list[float] | None) -> dict[str, Any]:
 
 def write_result(name: str, content: dict[str, Any]) -> Path:
     """Write `results/<name>.json` with commit, versions and hardware."""
-    circumstances = {
+    provenance = {
         "commit": commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "numpy")},
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(content | {"circumstances": circumstances}, indent=1) + "\n")
+    path.write_text(json.dumps(content | {"provenance": provenance}, indent=1) + "\n")
     return path

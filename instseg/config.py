@@ -7,7 +7,6 @@ from typing import Literal
 
 Accuracy = Literal["fast", "ring", "exact"]
 Normalization = Literal["after", "symmetric", "none"]
-Ablation = Literal["full", "validity_ignored", "no_detection_potentials", "identification", "naive"]
 MatchingRule = Literal["sds", "authors", "voc07"]
 
 
@@ -69,8 +68,19 @@ class ModelConfig:
     instance_crf: InstanceCrfConfig = field(default_factory=InstanceCrfConfig)
     background: Literal["rescored", "literal"] = "rescored"  # channel d0 inside boxes, ALGORITHM section 4
     score: Literal["validity", "mask"] = "validity"  # what instances are ranked by, ALGORITHM section 6
-    # A row of the paper's Table 1; "identification" is row 1 without the instance CRF, "naive" is section 3.3's.
-    ablation: Ablation = "full"
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Which parts of the method take part: all of them, unless told otherwise."""
+
+    detection_potentials: bool = True  # psi_d of Eq. 2
+    validity: bool = True  # Pr(Y_d) replaces the detector's score, after inference
+    identification: bool = True  # Eq. 4; else the naive assignment of section 3.3
+    instance_crf: bool = True  # Eq. 5, after identification
+
+
+FULL = Ablation()
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,7 @@ class TrainConfig:
     data: str  # directory that prepare.py wrote
     out: str  # run directory: checkpoints, logs; a second run with the same directory resumes
     model: ModelConfig = field(default_factory=ModelConfig)
+    ablation: Ablation = FULL
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     num_epochs: int = 1
     num_workers: int = 2  # the batch: each takes one image a step, on a GPU of its own where there are enough
@@ -121,7 +132,7 @@ class TrainConfig:
     semantic_loss_weight: float = 0.1
     instance_loss_weight: float = 1.0
     instance_loss: Literal["iou", "log"] = "iou"  # a mean over matched instances, or the cross-entropy over pixels
-    loss_floor: float = 0.2  # no pixel costs more than -log of it, in nats; 0 is the plain log-loss
+    probability_floor: float = 0.2  # no pixel costs more than -log of it, in nats; 0 is the plain log-loss
     seed: int = 0
     max_failures: int = 2  # worker failures that a run survives, each from its latest checkpoint
     keep_checkpoints: int = 3  # the latest ones; with FCN-8s each takes 1.6 GB
@@ -129,14 +140,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("num_workers", "cpus_per_worker", "num_epochs", "keep_checkpoints"):
             _positive(name, getattr(self, name))
-        _unit_interval("loss_floor", self.loss_floor)
+        _unit_interval("probability_floor", self.probability_floor)
         for name in ("learning_rate_crf", "learning_rate_compatibility", "learning_rate_network", "max_failures"):
             _non_negative(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
-    """workflows/evaluate.py."""
+class AblateConfig:
+    """workflows/ablate.py: the rows of the paper's Table 1, and two below them."""
 
     data: str
     out: str  # report directory
@@ -155,8 +166,10 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
-class AblateConfig(EvaluateConfig):
-    """workflows/ablate.py: the rows of the paper's Table 1, and two below them; `model.ablation` is not used."""
+class EvaluateConfig(AblateConfig):
+    """workflows/evaluate.py: one network, or what an ablation leaves of it."""
+
+    ablation: Ablation = FULL
 
 
 def _positive(name: str, value: float) -> None:

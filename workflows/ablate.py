@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from instseg.config import AblateConfig
-from instseg.jobs.evaluate import ablate
+from instseg.jobs.ablate import ablate
 
 
 def main() -> None:

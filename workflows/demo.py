@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from instseg.config import AblateConfig, PrepareConfig, TrackingConfig
 from instseg.data.synthetic import write_synthetic_devkit
-from instseg.jobs.evaluate import ablate
+from instseg.jobs.ablate import ablate
 from instseg.jobs.prepare import prepare
 from instseg.jobs.train import train
 from instseg.recipes import synthetic

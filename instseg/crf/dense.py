@@ -1,4 +1,4 @@
-"""The dense CRF and its higher-order extension as modules with learnable, class-specific weights."""
+"""The dense CRF (paper 3.1) as a module with learnable, class-specific weights; usable alone."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from instseg.config import KernelConfig, SemanticCrfConfig
-from instseg.crf.detection import DetectionPotential
-from instseg.crf.mean_field import MeanFieldState, PairwiseTerm, mean_field
+from instseg.config import KernelConfig
+from instseg.crf.mean_field import PairwiseTerm
 from instseg.crf.pairwise import Kernels, build_kernels, message_matrices, potts
 from instseg.lattice import pixel_major
 from instseg.lattice.memory import total_memory
@@ -108,37 +107,3 @@ def _check_memory(unaries: Sequence[Tensor]) -> None:
             f"unary: {unaries[0].shape[0]} labels for {pixels} pixels need {needed / 2**30:.1f} GiB, and this "
             f"{unaries[0].device.type} has {total / 2**30:.1f} GiB; use fewer labels or smaller images"
         )
-
-
-class HigherOrderCRF(nn.Module):
-    """The semantic CRF of paper 3.2: a dense CRF plus detection potentials with latent validity.
-
-    Args:
-        num_labels: L.
-        config: Kernels, initial weights, form of the detection potential, T.
-    """
-
-    def __init__(self, num_labels: int, config: SemanticCrfConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.dense = DenseCRF(
-            num_labels, config.kernels, config.spatial_weight, config.bilateral_weight, config.num_iterations
-        )
-        self.detection_weight_x = nn.Parameter(torch.full((num_labels,), config.detection_weight_x))
-        self.detection_weight_y = nn.Parameter(torch.full((num_labels,), config.detection_weight_y))
-
-    def potential(self, labels: Tensor, scores: Tensor, foregrounds: Tensor) -> DetectionPotential:
-        """The detection potentials of one image: (D,) int64, (D,) float, (D, N) float 0/1."""
-        return DetectionPotential(
-            labels,
-            scores,
-            foregrounds,
-            self.detection_weight_x,
-            self.detection_weight_y,
-            self.config.detection_form,
-            self.config.validity_unary,
-        )
-
-    def forward(self, logits: Tensor, kernels: Kernels, detections: DetectionPotential | None) -> MeanFieldState:
-        """Q and Pr(Y) from the semantic network's `logits` (N, L)."""
-        return mean_field(-logits, self.dense.pairwise(kernels), detections, self.config.num_iterations)

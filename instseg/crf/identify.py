@@ -37,10 +37,10 @@ def identify(
     instances = q[:, labels] * validity * inside
     outside = (~boxes.any(0)).to(q.dtype)
     if background == "rescored" and len(labels):
-        floor = q[:, 0] * (inside * validity).amax(1)
+        covered = q[:, 0] * (inside * validity).amax(1)
     else:
-        floor = torch.zeros_like(outside)
-    weights = torch.cat([(outside + floor)[:, None], instances], dim=1)
+        covered = torch.zeros_like(outside)
+    weights = torch.cat([(outside + covered)[:, None], instances], dim=1)
     total = weights.sum(1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
     return torch.log(weights / total + EPSILON)
 

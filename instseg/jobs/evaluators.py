@@ -6,50 +6,41 @@ the result is the same for any number of actors and any order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
+import torch
 from ray.exceptions import RayTaskError
 from ray.util import ActorPool
 
-from instseg.config import ModelConfig
+from instseg.config import Ablation, ModelConfig
+from instseg.data.dataset import PreparedDataset
 from instseg.evaluation.ap_r import ImageRecord, image_record
-from instseg.jobs.progress import follow
+from instseg.jobs.progress import progress
+from instseg.models.network import InstanceNetwork
 from instseg.structures import InstanceMap, Sample
 
 MAX_RESTARTS = 3  # of an actor whose process dies, e.g. for lack of memory
-
-# The instances with the refined semantic segmentation, and the (H, W) semantic segmentation before the CRF.
-Predict = Callable[[Sample], tuple[InstanceMap, np.ndarray]]
-Build = Callable[[ModelConfig, int, Mapping[str, np.ndarray]], Predict]
-
-
-class Dataset(Protocol):
-    """Samples with random access, cheap to send to another process, as `instseg.data.dataset.PreparedDataset`."""
-
-    image_ids: tuple[str, ...]
-    num_labels: int
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Sample: ...
+Result = TypeVar("Result")
 
 
 class Evaluators:
-    """A pool of actors, in a running Ray cluster, that hold the data set and a network.
+    """A pool of actors, in a running Ray cluster, that hold the data set and a network. A context manager.
 
     Args:
         dataset: What to evaluate on.
-        build: Makes a network from its configuration, number of labels and parameters.
+        network: Whose parameters are stored once for all actors.
         num_actors: Default: one for each CPU. With GPUs in the cluster, the actors share them evenly.
 
     Raises:
         ValueError: If there are more actors than CPUs or the data set is empty.
     """
 
-    def __init__(self, dataset: Dataset, build: Build, num_actors: int | None = None) -> None:
+    def __init__(self, dataset: PreparedDataset, network: InstanceNetwork, num_actors: int | None = None) -> None:
         if not len(dataset):
             raise ValueError("data: expected at least one image, got none")
         num_cpus = int(ray.cluster_resources().get("CPU", 0))
@@ -61,40 +52,32 @@ class Evaluators:
             _Evaluator
         )
         self._dataset = dataset
-        self._actors: list[Any] = [actor.remote(dataset, build) for _ in range(num_actors)]
-        self._network: tuple[int, ModelConfig, Any] | None = None
+        self._state = ray.put({name: tensor.cpu().numpy() for name, tensor in network.state_dict().items()})
+        self._actors: list[Any] = [actor.remote(dataset, network.config, self._state) for _ in range(num_actors)]
 
-    def use(self, model: ModelConfig, state: Mapping[str, np.ndarray]) -> None:
-        """Set the network by its configuration and its parameters by name, which are stored once for all actors."""
-        previous = self._network[0] if self._network else 0
-        self._network = (previous + 1, model, ray.put(dict(state)))
-
-    def records(self) -> list[ImageRecord]:
-        """Evaluate every image, sorted by image id.
+    def records(self, ablation: Ablation) -> list[ImageRecord]:
+        """Evaluate every image with what `ablation` leaves of the network, sorted by image id.
 
         Raises:
             ValueError: If an image or the network's parameters are unfit; names the image.
             RuntimeError: If an image fails otherwise; names the image.
         """
         indices = range(len(self._dataset))
-        records = follow(self._map("record", indices), len(indices), "evaluated images")
+        records = progress(self._map("record", indices, ablation), len(indices), "evaluated images")
         records = sorted(records, key=lambda record: record.image_id)
         if [record.image_id for record in records] != sorted(self._dataset.image_ids):
             raise AssertionError(f"expected {len(indices)} images, each once, got {len(records)} records")
         return records
 
-    def instance_maps(self, indices: Sequence[int]) -> list[InstanceMap]:
+    def instance_maps(self, indices: Sequence[int], ablation: Ablation) -> list[InstanceMap]:
         """Segment some images, in the order of `indices`. Raises as `records`."""
-        maps = dict(self._map("segment", indices))
+        maps = dict(self._map("segment", indices, ablation))
         return [maps[index] for index in indices]
 
-    def _map(self, method: str, indices: Sequence[int]) -> Any:
-        network = self._network
-        if network is None:
-            raise RuntimeError("no network: call `use` first")
+    def _map(self, method: str, indices: Sequence[int], ablation: Ablation) -> Iterator[Any]:
         pool = ActorPool(self._actors)
         try:
-            yield from pool.map_unordered(lambda actor, i: getattr(actor, method).remote(i, *network), list(indices))
+            yield from pool.map_unordered(lambda actor, i: getattr(actor, method).remote(i, ablation), list(indices))
         except RayTaskError as error:
             raise error.cause from error
 
@@ -109,35 +92,34 @@ class Evaluators:
 
 
 class _Evaluator:
-    """The actor. Every call says which network it wants, because a restarted actor has forgotten."""
+    """The actor."""
 
-    def __init__(self, dataset: Dataset, build: Build) -> None:
-        import torch
-
+    def __init__(self, dataset: PreparedDataset, config: ModelConfig, state: Mapping[str, np.ndarray]) -> None:
         torch.set_num_threads(1)
         self._dataset = dataset
-        self._build = build
-        self._network_id = 0
-        self._predict: Predict | None = None
+        self._network = InstanceNetwork(replace(config, semantic_weights=None), dataset.num_labels)
+        self._network.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
+        self._network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
-    def record(self, index: int, *network: Any) -> ImageRecord:
-        return self._named(index, lambda: self._record(index, *network))
+    def record(self, index: int, ablation: Ablation) -> ImageRecord:
+        return self._named(index, lambda: self._record(index, ablation))
 
-    def segment(self, index: int, *network: Any) -> tuple[int, InstanceMap]:
-        return index, self._named(index, lambda: self._network(*network)(self._dataset[index])[0])
+    def segment(self, index: int, ablation: Ablation) -> tuple[int, InstanceMap]:
+        return index, self._named(index, lambda: self._predict(self._dataset[index], ablation)[0])
 
-    def _record(self, index: int, *network: Any) -> ImageRecord:
+    def _record(self, index: int, ablation: Ablation) -> ImageRecord:
         sample = self._dataset[index]
-        predicted, semantic_before = self._network(*network)(sample)
+        predicted, semantic_before = self._predict(sample, ablation)
         return image_record(sample, predicted, semantic_before, self._dataset.num_labels)
 
-    def _network(self, network_id: int, model: ModelConfig, state: Mapping[str, np.ndarray]) -> Predict:
-        if self._predict is None or network_id != self._network_id:
-            self._predict = self._build(model, self._dataset.num_labels, state)
-            self._network_id = network_id
-        return self._predict
+    def _predict(self, sample: Sample, ablation: Ablation) -> tuple[InstanceMap, np.ndarray]:
+        """The instances with the refined semantic segmentation, and the (H, W) one before the CRF."""
+        with torch.inference_mode():
+            output = self._network(sample, ablation)
+            semantic_before = output.semantic_logits.argmax(0).cpu().numpy()
+            return self._network.instance_map(output, ablation), semantic_before
 
-    def _named(self, index: int, work: Callable[[], Any]) -> Any:
+    def _named(self, index: int, work: Callable[[], Result]) -> Result:
         """Run and add the image's id to the message of whatever is raised."""
         image_id = self._dataset.image_ids[index]
         try:

@@ -15,7 +15,7 @@ from instseg.data.quarantine import QuarantineRow, check_share, read_quarantine,
 from instseg.data.shards import ShardPlan, ShardReport, make_shard
 from instseg.data.voc import BACKGROUND_NAME, VOC_CLASSES, VocDevkit, open_devkit
 from instseg.jobs.cluster import cluster
-from instseg.jobs.progress import follow
+from instseg.jobs.progress import progress
 
 QUARANTINE = "quarantine.parquet"
 
@@ -109,11 +109,11 @@ def _write_shards(plan: ShardPlan) -> list[ShardReport]:
     indices = [{"shard": index} for index in range(len(plan.shards))]
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     with cluster():
-        ray.data.DataContext.get_current().enable_progress_bars = False  # `follow` reports
+        ray.data.DataContext.get_current().enable_progress_bars = False  # `progress` reports
         tasks = ray.data.from_items(indices, override_num_blocks=len(indices)).map(
             lambda row: {"report": make_shard(plan, row["shard"]).to_json()}, num_cpus=1
         )
-        rows = follow(tasks.iter_rows(), len(indices), "prepared shards")
+        rows = progress(tasks.iter_rows(), len(indices), "prepared shards")
         reports = sorted((ShardReport.from_json(row["report"]) for row in rows), key=lambda report: report.file)
     _remove_leftovers(plan.out, {report.file for report in reports})
     return reports

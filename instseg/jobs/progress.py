@@ -13,7 +13,7 @@ LINE_EVERY_S = 10.0
 Item = TypeVar("Item")
 
 
-def follow(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+def progress(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
     """Yield the items and say how many of `total` there have been, e.g. "evaluated images: 40 of 120"."""
     if sys.stdout.isatty():
         yield from track(items, what, total)

@@ -160,7 +160,7 @@ def _show(log: Path) -> Iterator[None]:
     log.touch()
     done = threading.Event()
 
-    def follow(file: TextIO) -> None:
+    def forward(file: TextIO) -> None:
         finished = False
         while not finished:
             finished = done.wait(0.5)
@@ -168,7 +168,7 @@ def _show(log: Path) -> Iterator[None]:
 
     with log.open() as file:
         file.seek(0, os.SEEK_END)
-        thread = threading.Thread(target=follow, args=(file,))
+        thread = threading.Thread(target=forward, args=(file,))
         thread.start()
         try:
             yield

@@ -24,7 +24,6 @@ from instseg.models.checkpoint import (
     Checkpoint,
     epoch_folder,
     latest_checkpoint,
-    restore,
     save_checkpoint,
 )
 from instseg.models.network import InstanceNetwork
@@ -50,11 +49,11 @@ class Objective(nn.Module):
 
     def forward(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
         """Total, semantic and instance loss, scalars."""
-        output = self.network(sample)
-        semantic = semantic_loss(output.log_q, sample.semantic, self.config.loss_floor)
+        output = self.network(sample, self.config.ablation)
+        semantic = semantic_loss(output.log_q, sample.semantic, self.config.probability_floor)
         labels = sample.detections.labels
         truth, config = (sample.instances, sample.instance_labels), self.config
-        instance = instance_loss(output.instance_log_q, labels, *truth, config.instance_loss, config.loss_floor)
+        instance = instance_loss(output.instance_log_q, labels, *truth, config.instance_loss, config.probability_floor)
         total = self.config.semantic_loss_weight * semantic + self.config.instance_loss_weight * instance
         # An ablation leaves CRF parameters out of the graph; DDP waits for the gradient of every one.
         return total + 0 * sum(p.sum() for p in self.network.crf_parameters()), semantic, instance
@@ -126,7 +125,7 @@ def _build(config: TrainConfig, checkpoint: Checkpoint | None) -> _Worker:
     model = replace(config.model, semantic_weights=None) if checkpoint else config.model
     network = InstanceNetwork(model, dataset.num_labels).train()
     if checkpoint:
-        restore(network, checkpoint)
+        network.restore(checkpoint)
     objective = ray.train.torch.prepare_model(
         Objective(network, config), parallel_strategy_kwargs={"gradient_as_bucket_view": True}
     )

@@ -23,8 +23,8 @@ _SMALL = 1 << 20  # bytes below which the C library does well
 _KEPT = 1 << 30  # bytes kept at most, if that is not more than a sixteenth of the memory
 _HUGE_PAGE = 1 << 21
 _LOCK = Lock()
-_free: list[np.ndarray] = []  # the one returned last is last; changed under the lock only
-_returned: deque[np.ndarray] = deque()  # not yet there
+_free: list[np.ndarray] = []  # in the order of their return; changed under the lock only
+_returned: deque[np.ndarray] = deque()  # given back, and to be moved to `_free` by whoever holds the lock next
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:

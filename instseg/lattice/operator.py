@@ -37,7 +37,7 @@ class Lattice(ABC):
         """Each vertex plus half of both neighbours, in one direction after the other; may overwrite its argument."""
 
     @abstractmethod
-    def mix(self, on_vertices: Tensor, matrices: Tensor, overwrite: bool = False) -> Tensor:
+    def apply_compatibility(self, on_vertices: Tensor, matrices: Tensor, overwrite: bool = False) -> Tensor:
         """Each kernel's vertices times its matrix; may `overwrite` its argument.
 
         Filtering acts on pixels and matrices on labels, so compatibility can be applied here, where rows are fewer.
@@ -141,8 +141,8 @@ class _Message(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, energy: Tensor, matrices: Tensor, lattice: Lattice, normalize: bool) -> Tensor:
         blurred = lattice.blur(lattice.splat(q))
-        mixed = lattice.mix(blurred, matrices)
-        result = lattice.slice_softmax(mixed, energy) if normalize else lattice.slice(mixed, energy)
+        messages = lattice.apply_compatibility(blurred, matrices)
+        result = lattice.slice_softmax(messages, energy) if normalize else lattice.slice(messages, energy)
         ctx.lattice = lattice
         ctx.save_for_backward(blurred, matrices, result if normalize else None)
         return result
@@ -159,7 +159,7 @@ class _Message(torch.autograd.Function):
         grad_matrices = adjoint.inner(blurred, splatted) if ctx.needs_input_grad[2] else None
         grad_q = None
         if ctx.needs_input_grad[0]:
-            on_vertices = adjoint.mix(adjoint.blur(splatted), matrices.mT, overwrite=True)
+            on_vertices = adjoint.apply_compatibility(adjoint.blur(splatted), matrices.mT, overwrite=True)
             grad_q = adjoint.slice(on_vertices, zeros(on_vertices))
         return grad_q, grad, grad_matrices, None, None
 
@@ -178,15 +178,15 @@ class _Inference(torch.autograd.Function):
     ) -> Tensor:
         history = []
         energy = lattice.as_rows(energy)
-        on_vertices = lattice.step(mixed := zeros(energy), energy)
+        on_vertices = lattice.step(messages := zeros(energy), energy)
         for iteration in range(num_iterations):
             on_vertices = lattice.blur(on_vertices)
-            mixed = lattice.mix(on_vertices, matrices, overwrite=not keep)
+            messages = lattice.apply_compatibility(on_vertices, matrices, overwrite=not keep)
             if keep:
                 history.append(on_vertices)
             if iteration < num_iterations - 1:
-                on_vertices = lattice.step(mixed, energy)
-        result = lattice.slice_softmax(mixed, energy, overwrite) if normalize else lattice.slice(mixed, energy)
+                on_vertices = lattice.step(messages, energy)
+        result = lattice.slice_softmax(messages, energy, overwrite) if normalize else lattice.slice(messages, energy)
         ctx.lattice = lattice
         ctx.save_for_backward(energy, matrices, result if normalize else None, *history)
         return result
@@ -204,8 +204,8 @@ class _Inference(torch.autograd.Function):
             blurred = history.pop()
             if ctx.needs_input_grad[1]:
                 grad_matrices += adjoint.inner(blurred, splatted)
-            grad_on_vertices = adjoint.mix(adjoint.blur(splatted), matrices.mT, overwrite=True)
-            before = lattice.mix(history[-1], matrices) if history else zeros(energy)
+            grad_on_vertices = adjoint.apply_compatibility(adjoint.blur(splatted), matrices.mT, overwrite=True)
+            before = lattice.apply_compatibility(history[-1], matrices) if history else zeros(energy)
             splatted = lattice.step_backward(before, grad_on_vertices, energy, grad_energy)
         return grad_energy, grad_matrices, None, None, None, None, None
 

@@ -70,12 +70,12 @@ class TorchLattice(Lattice):
                 on_vertices[kernel] += 0.5 * (on_vertices[before] + on_vertices[after])
         return on_vertices
 
-    def mix(self, on_vertices: Tensor, matrices: Tensor, overwrite: bool = False) -> Tensor:  # noqa: D102
+    def apply_compatibility(self, on_vertices: Tensor, matrices: Tensor, overwrite: bool = False) -> Tensor:  # noqa: D102
         del overwrite
-        mixed = torch.zeros_like(on_vertices)
+        messages = torch.zeros_like(on_vertices)
         for kernel, matrix in zip(self.kernels, matrices, strict=True):
-            torch.mm(on_vertices[kernel], matrix, out=mixed[kernel])
-        return mixed
+            torch.mm(on_vertices[kernel], matrix, out=messages[kernel])
+        return messages
 
     def slice(self, on_vertices: Tensor, energy: Tensor) -> Tensor:  # noqa: D102
         on_vertices = on_vertices.expand(len(self.offsets) + 1, -1).contiguous()

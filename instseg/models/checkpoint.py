@@ -6,15 +6,12 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-from instseg.config import ModelConfig
-from instseg.models.network import InstanceNetwork
 
 _Config = TypeVar("_Config")
 FOLDER = "checkpoints"  # inside the run directory
@@ -61,7 +58,7 @@ def save_checkpoint(
     _write_json(partial / _CONFIG, config)
     _write_json(partial / _STATE, state or {})
     _write_json(partial / _MANIFEST, {name: _sha256(partial / name) for name in _files(partial)})
-    shutil.rmtree(folder, ignore_errors=True)  # a torn one that was trained past again
+    shutil.rmtree(folder, ignore_errors=True)  # damaged: training went on from the one before, and is here again
     partial.rename(folder)
 
 
@@ -95,33 +92,6 @@ def epoch_folder(run: Path, epoch: int) -> Path:
     return run / FOLDER / f"epoch_{epoch:04d}"
 
 
-def load_network(path: str | Path, config: ModelConfig | None = None, num_labels: int | None = None) -> InstanceNetwork:
-    """A trained network, in evaluation mode, on the CPU.
-
-    Args:
-        path: A checkpoint, or a run directory, whose latest complete checkpoint is meant.
-        config: Settings to run it with, e.g. another ablation; default: those it was trained with.
-        num_labels: The number of labels of the data it is meant for; default: any.
-
-    Raises:
-        FileNotFoundError: If there is no complete checkpoint.
-        ValueError: If it is damaged, or of another architecture than asked for.
-    """
-    checkpoint = find_checkpoint(Path(path))
-    trained = checkpoint.config
-    expected = trained["num_labels"] if num_labels is None else num_labels
-    if trained["num_labels"] != expected:
-        raise ValueError(f"checkpoint {path}: has {trained['num_labels']} labels, the data has {expected}")
-    config = from_json(ModelConfig, trained["model"]) if config is None else config
-    if config.semantic != trained["model"]["semantic"]:
-        got = trained["model"]["semantic"]
-        raise ValueError(f"checkpoint {path}: was trained with model.semantic {got!r}, not {config.semantic!r}")
-    # The checkpoint replaces the weights that training started from, whose file may be gone.
-    network = InstanceNetwork(replace(config, semantic_weights=None), expected)
-    restore(network, checkpoint)
-    return network.eval()
-
-
 def find_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`, or the latest one of the run directory `path`.
 
@@ -135,25 +105,6 @@ def find_checkpoint(path: Path) -> Checkpoint:
     if checkpoint is None:
         raise FileNotFoundError(f"checkpoint {path}: no complete checkpoint there; run workflows/train.py first")
     return checkpoint
-
-
-def restore(network: InstanceNetwork, checkpoint: Checkpoint) -> None:
-    """Load the weights.
-
-    Raises:
-        ValueError: If the checkpoint is of another architecture, naming the tensors that differ.
-    """
-    stored, wanted = checkpoint.model(), network.state_dict()
-    problems = [f"{name} is missing" for name in wanted.keys() - stored.keys()]
-    problems += [f"{name} is not part of the network" for name in stored.keys() - wanted.keys()]
-    for name in wanted.keys() & stored.keys():
-        expected, got = tuple(wanted[name].shape), tuple(stored[name].shape)
-        if got != expected:
-            problems.append(f"{name} has shape {got}, expected {expected}")
-    if problems:
-        shown = "; ".join(sorted(problems)[:3])
-        raise ValueError(f"checkpoint {checkpoint.folder}: is of another architecture: {shown}")
-    network.load_state_dict(stored)
 
 
 def from_json(kind: type[_Config], values: Mapping[str, Any]) -> _Config:

@@ -4,32 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, one_hot
 
-from instseg.config import ModelConfig
-from instseg.crf.dense import HigherOrderCRF
+from instseg.config import FULL, Ablation, ModelConfig
+from instseg.crf.higher_order import HigherOrderCRF
 from instseg.crf.identify import assign_naively, identify
 from instseg.crf.instance import InstanceCRF
 from instseg.crf.pairwise import Kernels, build_kernels
+from instseg.models.checkpoint import Checkpoint, find_checkpoint, from_json
 from instseg.models.semantic import build_semantic
 from instseg.structures import Detections, InstanceMap, Sample
 
 
-class NetworkOutput(NamedTuple):
-    """What one image yields; everything is differentiable.
+class DetectionTensors(NamedTuple):
+    """The detections of one image on the network's device.
 
     Attributes:
+        labels: (D,) int64, class l_d.
+        scores: (D,) detector's scores s_d.
+        boxes: (D, N) bool, the pixels B_d.
+        foregrounds: (D, N) 0 or 1, the pixels F_d; None until they are computed.
+    """
+
+    labels: Tensor
+    scores: Tensor
+    boxes: Tensor
+    foregrounds: Tensor | None
+
+
+class NetworkOutput(NamedTuple):
+    """What one image yields; all but `detections` is differentiable.
+
+    Attributes:
+        detections: What went in.
         semantic_logits: (L, H, W) of the semantic source, before the CRF.
         log_q: (L, H, W) class log marginals after the semantic CRF.
         validity: (D,) Pr(Y_d = 1), the recalibrated scores; the detector's in the ablations that ignore Y.
-        instance_log_q: (D+1, H, W) instance log marginals, 0 background, k = detection k-1.
+        instance_log_q: (D+1, H, W) instance log marginals, 0 background, k = detection k-1; after a naive assignment
+            0 and minus infinity.
     """
 
+    detections: DetectionTensors
     semantic_logits: Tensor
     log_q: Tensor
     validity: Tensor
@@ -40,7 +61,7 @@ class InstanceNetwork(nn.Module):
     """Instance segmentation of one image at a time, of any size and with any number of detections.
 
     Args:
-        config: Semantic source, CRFs, ablation.
+        config: Semantic source and CRFs.
         num_labels: L, background included.
     """
 
@@ -52,6 +73,51 @@ class InstanceNetwork(nn.Module):
         self.semantic_crf = HigherOrderCRF(num_labels, config.semantic_crf)
         self.instance_crf = InstanceCRF(config.instance_crf)
 
+    @staticmethod
+    def load(path: str | Path, config: ModelConfig | None = None, num_labels: int | None = None) -> InstanceNetwork:
+        """A trained network, in evaluation mode, on the CPU.
+
+        Args:
+            path: A checkpoint, or a run directory, whose latest complete checkpoint is meant.
+            config: Settings to run it with; default: those it was trained with.
+            num_labels: The number of labels of the data it is meant for; default: any.
+
+        Raises:
+            FileNotFoundError: If there is no complete checkpoint.
+            ValueError: If it is damaged, or of another architecture than asked for.
+        """
+        checkpoint = find_checkpoint(Path(path))
+        trained = checkpoint.config
+        expected = trained["num_labels"] if num_labels is None else num_labels
+        if trained["num_labels"] != expected:
+            raise ValueError(f"checkpoint {path}: has {trained['num_labels']} labels, the data has {expected}")
+        config = from_json(ModelConfig, trained["model"]) if config is None else config
+        if config.semantic != trained["model"]["semantic"]:
+            got = trained["model"]["semantic"]
+            raise ValueError(f"checkpoint {path}: was trained with model.semantic {got!r}, not {config.semantic!r}")
+        # The checkpoint replaces the weights that training started from, whose file may be gone.
+        network = InstanceNetwork(replace(config, semantic_weights=None), expected)
+        network.restore(checkpoint)
+        return network.eval()
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint's weights.
+
+        Raises:
+            ValueError: If the checkpoint is of another architecture, naming the tensors that differ.
+        """
+        stored, wanted = checkpoint.model(), self.state_dict()
+        problems = [f"{name} is missing" for name in wanted.keys() - stored.keys()]
+        problems += [f"{name} is not part of the network" for name in stored.keys() - wanted.keys()]
+        for name in wanted.keys() & stored.keys():
+            expected, got = tuple(wanted[name].shape), tuple(stored[name].shape)
+            if got != expected:
+                problems.append(f"{name} has shape {got}, expected {expected}")
+        if problems:
+            shown = "; ".join(sorted(problems)[:3])
+            raise ValueError(f"checkpoint {checkpoint.folder}: is of another architecture: {shown}")
+        self.load_state_dict(stored)
+
     def crf_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of both CRFs."""
         yield from self.semantic_crf.parameters()
@@ -62,8 +128,8 @@ class InstanceNetwork(nn.Module):
         if self.semantic is not None:
             yield from self.semantic.parameters()
 
-    def forward(self, sample: Sample) -> NetworkOutput:
-        """Run Figure 2 on one sample.
+    def forward(self, sample: Sample, ablation: Ablation = FULL) -> NetworkOutput:
+        """Run Figure 2, or what `ablation` leaves of it, on one sample.
 
         Raises:
             ValueError: If the sample lacks what the configuration needs, or does not fit the label set.
@@ -71,23 +137,26 @@ class InstanceNetwork(nn.Module):
         height, width = sample.image.shape[:2]
         sample.detections.check_image(height, width, self.num_labels)
         image = self._tensor(sample.image)
+        detections = self._detections(sample.detections, height, width)
         logits = self._semantic_logits(sample, image)
         kernels = build_kernels(image, self.config.semantic_crf.kernels)
-        log_q, validity = self._semantic_crf(logits, kernels, sample.detections)
-
-        labels = self._tensor(sample.detections.labels, torch.int64)
-        boxes = self._tensor(sample.detections.box_masks(height, width), torch.bool).flatten(1)
-        log_identity = identify(log_q.exp(), validity, labels, boxes, self.config.background)
-        if self.config.instance_crf.kernels != self.config.semantic_crf.kernels:
-            kernels = build_kernels(image, self.config.instance_crf.kernels)
-        instance_log_q = (
-            log_identity if self.config.ablation == "identification" else self.instance_crf(log_identity, kernels)
-        )
+        log_q, validity = self._semantic_crf(logits, kernels, detections, ablation)
+        instance_log_q = self._instance_crf(log_q, validity, detections, ablation, image, kernels)
         return NetworkOutput(
+            detections,
             logits,
             log_q.T.unflatten(1, (height, width)),
             validity,
             instance_log_q.T.unflatten(1, (height, width)),
+        )
+
+    def _detections(self, detections: Detections, height: int, width: int) -> DetectionTensors:
+        foregrounds = detections.foregrounds
+        return DetectionTensors(
+            labels=self._tensor(detections.labels, torch.int64),
+            scores=self._tensor(detections.scores),
+            boxes=self._tensor(detections.box_masks(height, width), torch.bool).flatten(1),
+            foregrounds=None if foregrounds is None else self._tensor(foregrounds).flatten(1),
         )
 
     def _semantic_logits(self, sample: Sample, image: Tensor) -> Tensor:
@@ -104,42 +173,61 @@ class InstanceNetwork(nn.Module):
         logits = self._tensor(sample.logits)
         return interpolate(logits[None], size=image.shape[:2], mode="bilinear", align_corners=False)[0]
 
-    def _semantic_crf(self, logits: Tensor, kernels: Kernels, detections: Detections) -> tuple[Tensor, Tensor]:
-        """Log Q (N, L) and the validity (D,) that identification uses, as the ablation asks."""
-        flat = logits.flatten(1).T.contiguous()
-        labels = self._tensor(detections.labels, torch.int64)
-        scores = self._tensor(detections.scores)
-        if self.config.ablation in ("identification", "no_detection_potentials"):
-            return self.semantic_crf(flat, kernels, None).log_q, scores
+    def _semantic_crf(
+        self, logits: Tensor, kernels: Kernels, detections: DetectionTensors, ablation: Ablation
+    ) -> tuple[Tensor, Tensor]:
+        """Log Q (N, L) and the validity (D,) that identification uses."""
+        unary = -logits.flatten(1).T.contiguous()
+        if not ablation.detection_potentials:
+            return self.semantic_crf(unary, kernels, None).log_q, detections.scores
         if detections.foregrounds is None:
             raise ValueError("detections: expected foregrounds, got None; compute them with compute_foregrounds")
-        foregrounds = self._tensor(detections.foregrounds).flatten(1)
-        potential = self.semantic_crf.potential(labels, scores, foregrounds)
-        state = self.semantic_crf(flat, kernels, potential)
-        return state.log_q, scores if self.config.ablation == "validity_ignored" else state.validity
+        potential = self.semantic_crf.potential(detections.labels, detections.scores, detections.foregrounds)
+        state = self.semantic_crf(unary, kernels, potential)
+        assert state.validity is not None  # for type checkers: there are detection potentials
+        return state.log_q, state.validity if ablation.validity else detections.scores
+
+    def _instance_crf(
+        self,
+        log_q: Tensor,
+        validity: Tensor,
+        detections: DetectionTensors,
+        ablation: Ablation,
+        image: Tensor,
+        kernels: Kernels,
+    ) -> Tensor:
+        """Log Q(v) (N, D+1), from identification or the naive assignment on."""
+        labels, boxes = detections.labels, detections.boxes
+        if not ablation.identification:
+            winners = assign_naively(log_q.argmax(1), validity, labels, boxes)
+            return one_hot(winners, len(labels) + 1).to(log_q).log()
+        log_pr = identify(log_q.exp(), validity, labels, boxes, self.config.background)
+        if not ablation.instance_crf:
+            return log_pr
+        if self.config.instance_crf.kernels != self.config.semantic_crf.kernels:
+            kernels = build_kernels(image, self.config.instance_crf.kernels)
+        return self.instance_crf(-log_pr, kernels)
 
     @torch.no_grad()
-    def instance_map(self, output: NetworkOutput, sample: Sample) -> InstanceMap:
+    def instance_map(self, output: NetworkOutput, ablation: Ablation = FULL) -> InstanceMap:
         """The final segmentation: every pixel's most likely instance, instances that win no pixel dropped.
 
         An instance has the class of its detection and is ranked by its validity or by the mean of Q_i(l_k) over its
-        mask (ALGORITHM section 6), as `config.score` says.
+        mask (ALGORITHM section 6), as `config.score` says; where an ablation ignores Y, by the detector's score.
+
+        Args:
+            output: What `forward` returned.
+            ablation: What it was called with.
         """
-        semantic = output.log_q.argmax(0)
-        detections = sample.detections
-        labels = self._tensor(detections.labels, torch.int64)
-        if self.config.ablation == "naive":
-            boxes = self._tensor(detections.box_masks(*semantic.shape), torch.bool).flatten(1)
-            winners = assign_naively(semantic.flatten(), output.validity, labels, boxes).view_as(semantic)
-        else:
-            winners = output.instance_log_q.argmax(0)
+        semantic, labels = output.log_q.argmax(0), output.detections.labels
+        winners = output.instance_log_q.argmax(0)
         present = winners.unique()
         present = present[present > 0]
-        renumber = torch.zeros(len(detections) + 1, dtype=torch.int32, device=winners.device)
+        renumber = torch.zeros(len(labels) + 1, dtype=torch.int32, device=winners.device)
         renumber[present] = torch.arange(1, len(present) + 1, dtype=torch.int32, device=winners.device)
         kept = present - 1
         scores = output.validity[kept]
-        if self.config.score == "mask":
+        if self.config.score == "mask" and ablation.detection_potentials and ablation.validity:
             q = output.log_q.exp()
             means = [q[labels[index]][winners == index + 1].mean() for index in kept]
             scores = torch.stack(means) if means else scores
@@ -191,4 +279,4 @@ def segment_instances(
     network = InstanceNetwork(replace(config or ModelConfig(), semantic="logits"), num_labels)
     sample = Sample(image_id="image", image=image, detections=detections, logits=logits)
     with torch.no_grad():
-        return network.instance_map(network(sample), sample)
+        return network.instance_map(network(sample))

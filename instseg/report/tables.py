@@ -4,35 +4,56 @@ from __future__ import annotations
 
 import csv
 import json
-import platform
-import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from instseg.config import Ablation, MatchingRule
+from instseg.config import FULL, Ablation, MatchingRule
 from instseg.evaluation.ap_r import THRESHOLDS, ApR, ImageRecord, ap_r
 from instseg.evaluation.semantic import label_iou, mean_iou
 
 RULES: tuple[MatchingRule, ...] = get_args(MatchingRule)
 TABLE_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)  # the columns of the paper's tables
-ROW_TITLES: dict[Ablation, str] = {
-    "naive": "naive assignment (3.3)",
-    "identification": "identification alone",
-    "no_detection_potentials": "1 no detection potentials",
-    "validity_ignored": "2 validity Y ignored",
-    "full": "3 full",
-}
-# VOC 2012 val (1449 images): AP^r at .5 to .9, AP^r_vol (Tables 1 and 2), mean IoU (4.2); NaN was not reported.
-PAPER: dict[Ablation, tuple[float, ...]] = {
-    "no_detection_potentials": (54.6, 48.5, 41.8, np.nan, np.nan, 50.0, 73.4),
-    "validity_ignored": (57.5, 51.6, 44.5, np.nan, np.nan, 52.4, 75.3),
-    "full": (58.3, 52.4, 45.4, 34.9, 20.1, 53.1, 75.3),
-}
+
+
+class AblationRow(NamedTuple):
+    """A row of the paper's Table 1, or one below it.
+
+    Attributes:
+        name: In files, and of the MLflow run.
+        title: In tables.
+        ablation: What takes part.
+        paper: On VOC 2012 val (1449 images): AP^r at .5 to .9, AP^r_vol (Tables 1 and 2), mean IoU (4.2); NaN was not
+            reported.
+    """
+
+    name: str
+    title: str
+    ablation: Ablation
+    paper: tuple[float, ...] = (np.nan,) * 7
+
+
+_WITHOUT = Ablation(detection_potentials=False, validity=False)
+ROWS = (
+    AblationRow("naive", "naive assignment (3.3)", Ablation(identification=False)),
+    AblationRow("identification", "identification alone", replace(_WITHOUT, instance_crf=False)),
+    AblationRow(
+        "no_detection_potentials",
+        "1 no detection potentials",
+        _WITHOUT,
+        (54.6, 48.5, 41.8, np.nan, np.nan, 50.0, 73.4),
+    ),
+    AblationRow(
+        "validity_ignored",
+        "2 validity Y ignored",
+        Ablation(validity=False),
+        (57.5, 51.6, 44.5, np.nan, np.nan, 52.4, 75.3),
+    ),
+    AblationRow("full", "3 full", FULL, (58.3, 52.4, 45.4, 34.9, 20.1, 53.1, 75.3)),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,16 +142,20 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def ablation_tables(rows: dict[Ablation, Evaluation]) -> tuple[str, str]:
-    """Our rows of Table 1 beside the paper's, as aligned text and as Markdown."""
-    num_images = next(iter(rows.values())).num_images
+def ablation_tables(evaluations: Mapping[str, Evaluation]) -> tuple[str, str]:
+    """Our rows of Table 1 beside the paper's, as aligned text and as Markdown.
+
+    Args:
+        evaluations: Of `ROWS` by name; a row that is not there is left out.
+    """
+    num_images = next(iter(evaluations.values())).num_images
     columns = [*(f"{t:.1f}".lstrip("0") for t in TABLE_THRESHOLDS), "vol", "mIoU"]
     header = [f"AP^r [%] (sds), {num_images} images", *columns, *(f"paper {column}" for column in columns)]
     table = []
-    for name, evaluation in rows.items():
-        ours = [*evaluation.row(), 100 * mean_iou(evaluation.confusion_after)]
-        paper = PAPER.get(name, (np.nan,) * len(columns))
-        table.append([ROW_TITLES[name], *(_text(value) or "–" for value in (*ours, *paper))])
+    for row in ROWS:
+        if evaluation := evaluations.get(row.name):
+            ours = [*evaluation.row(), 100 * mean_iou(evaluation.confusion_after)]
+            table.append([row.title, *(_text(value) or "–" for value in (*ours, *row.paper))])
     rule = ["-", *(["-:"] * (len(header) - 1))]
     markdown = [f"| {' | '.join(row)} |" for row in [header, rule, *table]]
     return "\n".join(align([header, *table])), "\n".join(markdown) + "\n"
@@ -145,7 +170,7 @@ def align(table: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def write_report(evaluation: Evaluation, out: Path, circumstances: dict[str, Any]) -> list[Path]:
+def write_report(evaluation: Evaluation, out: Path, provenance: dict[str, Any]) -> list[Path]:
     """Write results.json, per_class.csv and report.txt into `out`; their paths."""
     out.mkdir(parents=True, exist_ok=True)
     rows = per_class(evaluation)
@@ -155,7 +180,7 @@ def write_report(evaluation: Evaluation, out: Path, circumstances: dict[str, Any
         "num_images": evaluation.num_images,
         "metrics": evaluation.metrics(),
         "per_class": rows,
-        **circumstances,
+        **provenance,
     }
     write_json(out / "results.json", results)
     with (out / "per_class.csv").open("w", newline="") as file:
@@ -170,27 +195,6 @@ def write_report(evaluation: Evaluation, out: Path, circumstances: dict[str, Any
 def write_json(path: Path, content: Any) -> None:
     """Write strict JSON: NaN becomes null."""
     path.write_text(json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
-
-
-def circumstances(config: dict[str, Any]) -> dict[str, Any]:
-    """What a reader needs to judge or repeat the numbers: commit, versions, machine, configuration."""
-    packages = ("numpy", "torch", "ray", "mlflow")
-    return {
-        "commit": commit(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "machine": platform.platform(),
-        "config": config,
-    }
-
-
-def commit() -> str | None:
-    """The checked-out commit, "-dirty" if files differ; None where the code is not in a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None
 
 
 def _without_nan(content: Any) -> Any:

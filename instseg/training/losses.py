@@ -15,13 +15,13 @@ from instseg.structures import BACKGROUND, IGNORE_LABEL
 _VOID = -1
 
 
-def log_loss(log_q: Tensor, target: Tensor, floor: float = 0.0) -> Tensor:
+def log_loss(log_q: Tensor, target: Tensor, probability_floor: float = 0.0) -> Tensor:
     """Mean negative log-likelihood of the pixels that are not void; 0 where all of them are.
 
     Args:
         log_q: (L, H, W) log-probabilities in nats.
         target: (H, W) int64 label per pixel, -1 for void.
-        floor: In [0, 1): the loss is that of (1 - floor) q + floor, so that no pixel costs more than -log(floor). The
+        probability_floor: f in [0, 1): the loss is that of (1 - f) q + f, so that no pixel costs more than -log(f). The
             plain log-loss (0) is ruled by pixels that are surely wrong, such as those of an object outside the box of
             its detection, and answers them by making the whole CRF unsure.
 
@@ -31,8 +31,10 @@ def log_loss(log_q: Tensor, target: Tensor, floor: float = 0.0) -> Tensor:
     known = (target != _VOID).flatten()
     rows = log_q.flatten(1).T.contiguous()  # the CRFs' own layout, so that nothing is copied
     of_target = rows.gather(1, target.flatten().clamp(min=0)[:, None])[:, 0]
-    if floor:
-        of_target = torch.logaddexp(of_target + math.log1p(-floor), of_target.new_tensor(math.log(floor)))
+    if probability_floor:
+        of_target = torch.logaddexp(
+            of_target + math.log1p(-probability_floor), of_target.new_tensor(math.log(probability_floor))
+        )
     return -of_target[known].sum() / known.sum().clamp(min=1)
 
 
@@ -59,13 +61,13 @@ def iou_loss(log_q: Tensor, target: Tensor) -> Tensor:
     return (1.0 - intersection[present] / union[present]).sum() / present.sum().clamp(min=1)
 
 
-def semantic_loss(log_q: Tensor, semantic: np.ndarray | None, floor: float = 0.0) -> Tensor:
+def semantic_loss(log_q: Tensor, semantic: np.ndarray | None, probability_floor: float = 0.0) -> Tensor:
     """Pixel log-loss of the semantic segmentation (paper section 3.2).
 
     Args:
         log_q: (L, H, W) log-marginals of the semantic CRF.
         semantic: (H, W) uint8 ground truth, 255 void; None counts as void everywhere.
-        floor: As in `log_loss`.
+        probability_floor: As in `log_loss`.
 
     Returns:
         Scalar in nats per pixel.
@@ -73,7 +75,7 @@ def semantic_loss(log_q: Tensor, semantic: np.ndarray | None, floor: float = 0.0
     if semantic is None:
         semantic = np.full(log_q.shape[1:], IGNORE_LABEL)
     target = np.where(semantic == IGNORE_LABEL, _VOID, semantic.astype(np.int64))
-    return log_loss(log_q, torch.from_numpy(target).to(log_q.device), floor)
+    return log_loss(log_q, torch.from_numpy(target).to(log_q.device), probability_floor)
 
 
 def instance_loss(
@@ -82,7 +84,7 @@ def instance_loss(
     instances: np.ndarray | None,
     instance_labels: np.ndarray,
     kind: Literal["iou", "log"] = "log",
-    floor: float = 0.0,
+    probability_floor: float = 0.0,
 ) -> Tensor:
     """Distance of the instance CRF from the ground truth renamed after its matched detections.
 
@@ -94,7 +96,7 @@ def instance_loss(
         instances: (H, W) ground truth as in `Sample`; None counts as void everywhere.
         instance_labels: (G,) class of each ground-truth instance.
         kind: `log`, the cross-entropy of that paper, or `iou_loss`.
-        floor: As in `log_loss`.
+        probability_floor: As in `log_loss`.
 
     Returns:
         Scalar, in nats per pixel with `log`, in 0..1 with `iou`.
@@ -105,7 +107,7 @@ def instance_loss(
     assigned = match_instances(predicted, labels, instances, instance_labels)
     names = np.concatenate([[BACKGROUND], assigned + 1, [_VOID]])  # void pixels, -1, read the last entry
     target = torch.from_numpy(names[instances]).to(log_q.device)
-    return iou_loss(log_q, target) if kind == "iou" else log_loss(log_q, target, floor)
+    return iou_loss(log_q, target) if kind == "iou" else log_loss(log_q, target, probability_floor)
 
 
 def match_instances(

@@ -130,7 +130,7 @@ def test_numpy_and_torch_agree_and_zero_iterations_is_softmax():
 
 
 class Inference(torch.nn.Module):
-    """A 4x5 image with two detections, as one function of logits and of every CRF parameter."""
+    """A 4x5 image with two detections, as one function of unaries and of every CRF parameter."""
 
     def __init__(self):
         super().__init__()
@@ -139,10 +139,10 @@ class Inference(torch.nn.Module):
         self.kernels = build_kernels(torch.from_numpy(self.image).double(), self.crf.config.kernels)
         self.foregrounds = (torch.rand(2, 20, generator=torch.Generator().manual_seed(0)) < 0.5).double()
 
-    def forward(self, logits):
+    def forward(self, unary):
         scores = torch.tensor([0.8, 0.3], dtype=torch.float64)
         potential = self.crf.potential(torch.tensor([1, 2]), scores, self.foregrounds)
-        state = self.crf(logits, self.kernels, potential)
+        state = self.crf(unary, self.kernels, potential)
         return state.log_q, state.validity
 
 
@@ -152,11 +152,11 @@ def test_gradcheck_through_a_whole_inference_with_detections():
     names, parameters = zip(*inference.named_parameters(), strict=True)
     assert len(names) == 5
 
-    def run(logits, *values):
-        return torch.func.functional_call(inference, dict(zip(names, values, strict=True)), (logits,))
+    def run(unary, *values):
+        return torch.func.functional_call(inference, dict(zip(names, values, strict=True)), (unary,))
 
-    logits = torch.from_numpy(-inference.unary).double().flatten(1).T.contiguous()
-    inputs = [tensor.detach().clone().requires_grad_() for tensor in (logits, *parameters)]
+    unary = torch.from_numpy(inference.unary).double().flatten(1).T.contiguous()
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in (unary, *parameters)]
     assert torch.autograd.gradcheck(run, inputs)
 
 

@@ -11,14 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instseg.config import AblateConfig, EvaluateConfig, InstanceCrfConfig, ModelConfig, TrackingConfig
+from instseg.config import FULL, AblateConfig, EvaluateConfig, InstanceCrfConfig, ModelConfig, TrackingConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.evaluation.ap_r import ImageRecord
-from instseg.jobs.evaluate import ROWS, ablate, build_predict, evaluate, load
+from instseg.jobs.ablate import ablate
+from instseg.jobs.evaluate import build_network, evaluate
 from instseg.jobs.evaluators import Evaluators
 from instseg.jobs.tracking import resolve_uri
 from instseg.models.checkpoint import save_checkpoint
 from instseg.models.network import InstanceNetwork
+from instseg.report.tables import ROWS
 from instseg.structures import Sample
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -51,10 +53,8 @@ def _by_value() -> Callable:
 
 
 def records_of(dataset: PreparedDataset, num_actors: int) -> list[ImageRecord]:
-    state = {name: t.numpy() for name, t in InstanceNetwork(ModelConfig(), dataset.num_labels).state_dict().items()}
-    with Evaluators(dataset, build_predict, num_actors) as evaluators:
-        evaluators.use(ModelConfig(), state)
-        return evaluators.records()
+    with Evaluators(dataset, InstanceNetwork(ModelConfig(), dataset.num_labels), num_actors) as evaluators:
+        return evaluators.records(FULL)
 
 
 def assert_same(first: list[ImageRecord], second: list[ImageRecord]) -> None:
@@ -92,7 +92,7 @@ def test_an_image_that_fails_is_named(tiny_data: Path) -> None:
 
 def test_more_actors_than_cpus_is_an_error(tiny_data: Path) -> None:
     with pytest.raises(ValueError, match="num_actors: expected at most the cluster's 2 CPUs, got 3"):
-        Evaluators(PreparedDataset(str(tiny_data)), build_predict, 3)
+        records_of(PreparedDataset(str(tiny_data)), 3)
 
 
 @pytest.fixture
@@ -131,9 +131,9 @@ def test_evaluate_reports_and_records(config: EvaluateConfig, capsys: pytest.Cap
 
 
 def test_ablate_puts_the_rows_side_by_side(config: EvaluateConfig) -> None:
-    rows = ablate(AblateConfig(**{**vars(config), "num_figures": 0}))
-    assert tuple(rows) == ROWS
-    alone = evaluate(replace(config, num_figures=0, model=ModelConfig(ablation="identification")))
+    rows = ablate(AblateConfig(config.data, config.out, tracking=config.tracking, num_figures=0))
+    assert list(rows) == [row.name for row in ROWS]
+    alone = evaluate(replace(config, num_figures=0, ablation=ROWS[1].ablation))
     assert alone.metrics() == pytest.approx(rows["identification"].metrics(), nan_ok=True)
     out = Path(config.out)
     table = (out / "ablation.md").read_text().splitlines()
@@ -141,7 +141,7 @@ def test_ablate_puts_the_rows_side_by_side(config: EvaluateConfig) -> None:
     assert "| 53.1 | 75.3 |" in table[-1]
     assert json.loads((out / "ablation.json").read_text())["full"] == pytest.approx(rows["full"].metrics())
     runs = runs_of(config)
-    parents = {runs[row].data.tags["mlflow.parentRunId"] for row in ROWS}
+    parents = {runs[row].data.tags["mlflow.parentRunId"] for row in rows}
     assert len(parents) == 1
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
 
@@ -152,11 +152,11 @@ def test_a_checkpoint_brings_its_model(config: EvaluateConfig, tmp_path: Path) -
     network.instance_crf.spatial_weight.data.fill_(0.25)
     save_checkpoint(tmp_path / "epoch_1", network.state_dict(), {"model": asdict(trained), "num_labels": 4})
     config = replace(config, checkpoint=str(tmp_path / "epoch_1"), model=ModelConfig(score="mask"))
-    model, state = load(config, PreparedDataset(config.data))
-    assert model == replace(trained, score="mask")
-    assert state["instance_crf.spatial_weight"] == 0.25
+    loaded = build_network(config, PreparedDataset(config.data))
+    assert loaded.config == replace(trained, score="mask")
+    assert loaded.instance_crf.spatial_weight.item() == 0.25
     with pytest.raises(ValueError, match=r"trained with model\.semantic 'logits', not 'fcn8s'"):
-        load(replace(config, model=ModelConfig(semantic="fcn8s")), PreparedDataset(config.data))
+        build_network(replace(config, model=ModelConfig(semantic="fcn8s")), PreparedDataset(config.data))
 
 
 @pytest.mark.parametrize(

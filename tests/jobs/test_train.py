@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from instseg.config import ModelConfig, TrackingConfig, TrainConfig
 from instseg.data.schema import SCHEMA
 from instseg.jobs.train import train
-from instseg.models.checkpoint import epoch_folder, find_checkpoint, load_network
+from instseg.models.checkpoint import epoch_folder, find_checkpoint
+from instseg.models.network import InstanceNetwork
 
 psutil = import_module("psutil", ray.__name__)  # Ray brings it along, and makes it importable
 pytestmark = [
@@ -70,7 +71,7 @@ def test_training_lowers_the_losses_and_leaves_a_network(finished: TrainConfig) 
     assert losses[-1] < losses[0]
     assert find_checkpoint(run).state == {"epoch": NUM_EPOCHS, "step": NUM_EPOCHS * STEPS_PER_EPOCH}
     assert not epoch_folder(run, 1).exists()  # only the latest are kept
-    assert load_network(run).num_labels == 4
+    assert InstanceNetwork.load(run).num_labels == 4
     assert not (run / "ray").exists()
 
 

@@ -132,9 +132,9 @@ def test_matrices_of_potts_form_take_a_short_cut(backend, num_labels):
     weight = random_values(num_labels, seed=1)
     potts = weight[:, None] * (1.0 - torch.eye(num_labels))
     for matrices in (torch.stack([potts, 3 * potts + torch.eye(num_labels)]), torch.stack([potts.T, potts])):
-        mixed = lattice.mix(on_vertices, matrices)
+        messages = lattice.apply_compatibility(on_vertices, matrices)
         for kernel, matrix in zip(lattice.kernels, matrices, strict=True):
-            torch.testing.assert_close(mixed[kernel], on_vertices[kernel] @ matrix, **EXACT)
+            torch.testing.assert_close(messages[kernel], on_vertices[kernel] @ matrix, **EXACT)
 
 
 def test_adjoint(backend):

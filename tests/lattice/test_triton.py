@@ -95,7 +95,11 @@ def test_maps_are_those_of_torch(built, normalization, ring, num_labels, dtype):
         expected = theirs.blur(expected)
         on_vertices = ours.blur(on_vertices)
         assert_same(on_vertices, expected)
-        assert_same(ours.mix(on_vertices, matrices.to(DEVICE)), theirs.mix(expected, matrices), scale=num_labels)
+        assert_same(
+            ours.apply_compatibility(on_vertices, matrices.to(DEVICE)),
+            theirs.apply_compatibility(expected, matrices),
+            scale=num_labels,
+        )
         for rows in (energy, zeros(energy)):
             assert_same(ours.slice(on_vertices, rows.to(DEVICE)), theirs.slice(expected, rows))
         assert_same(ours.slice_softmax(on_vertices, energy.to(DEVICE)), theirs.slice_softmax(expected, energy))

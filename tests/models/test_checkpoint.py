@@ -15,7 +15,6 @@ from instseg.models.checkpoint import (
     find_checkpoint,
     from_json,
     latest_checkpoint,
-    load_network,
     save_checkpoint,
 )
 from instseg.models.network import InstanceNetwork
@@ -38,16 +37,16 @@ def test_a_network_comes_back_as_it_was(tmp_path: Path) -> None:
     save(tmp_path, 1)
     network = save(tmp_path, 2)
     for path in (tmp_path, epoch_folder(tmp_path, 2)):
-        loaded = load_network(path)
+        loaded = InstanceNetwork.load(path)
         assert loaded.config == MODEL
         assert not loaded.training
         torch.testing.assert_close(loaded.state_dict(), network.state_dict(), rtol=0, atol=0)
 
 
-def test_another_ablation_may_be_run_with_the_same_weights(tmp_path: Path) -> None:
+def test_other_settings_may_be_run_with_the_same_weights(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    config = replace(MODEL, ablation="identification", score="mask")
-    assert load_network(tmp_path, config).config == config
+    config = replace(MODEL, background="literal", score="mask")
+    assert InstanceNetwork.load(tmp_path, config).config == config
 
 
 @pytest.mark.parametrize("torn", ["model.safetensors", "config.json", "manifest.json", "state.json"])
@@ -92,22 +91,22 @@ def test_a_killed_writer_leaves_the_checkpoint_before(
 def test_no_checkpoint_is_a_clear_error(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
     with pytest.raises(FileNotFoundError, match=r"no complete checkpoint there; run workflows/train\.py first"):
-        load_network(tmp_path)
+        InstanceNetwork.load(tmp_path)
 
 
 def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (epoch_folder(tmp_path, 1) / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged or missing"):
-        load_network(epoch_folder(tmp_path, 1))
+        InstanceNetwork.load(epoch_folder(tmp_path, 1))
 
 
 def test_another_architecture_is_named(tmp_path: Path) -> None:
     save(tmp_path, 1)
     with pytest.raises(ValueError, match="has 4 labels, the data has 21"):
-        load_network(tmp_path, num_labels=21)
+        InstanceNetwork.load(tmp_path, num_labels=21)
     with pytest.raises(ValueError, match=r"trained with model\.semantic 'logits', not 'fcn8s'"):
-        load_network(tmp_path, replace(MODEL, semantic="fcn8s"))
+        InstanceNetwork.load(tmp_path, replace(MODEL, semantic="fcn8s"))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +123,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path, change: Any, message:
     state |= change(name, state.pop(name))
     save_checkpoint(epoch_folder(tmp_path, 1), state, {"model": asdict(MODEL), "num_labels": 4})
     with pytest.raises(ValueError, match="another architecture: .*" + message.format(name=name)):
-        load_network(tmp_path)
+        InstanceNetwork.load(tmp_path)
 
 
 def test_configuration_survives_json() -> None:

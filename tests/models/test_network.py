@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from instseg import Detections, InstanceNetwork, ModelConfig, Sample, segment_instances
-from instseg.config import InstanceCrfConfig, SemanticCrfConfig
+from instseg.config import FULL, Ablation, InstanceCrfConfig, SemanticCrfConfig
 
 HEIGHT, WIDTH = 24, 32
+WITHOUT = Ablation(detection_potentials=False, validity=False)
 
 
 def detections_of(*rows, foregrounds=True):
@@ -44,7 +45,7 @@ def network(**changes) -> InstanceNetwork:
 def test_finds_both_instances_and_lowers_the_false_positive():
     sample, model = two_squares(), network()
     output = model(sample)
-    found = model.instance_map(output, sample)
+    found = model.instance_map(output)
     assert found.labels.tolist() == [1, 1]
     assert found.detection_indices.tolist() == [0, 1]
     for index, x in enumerate((3, 19)):
@@ -77,7 +78,7 @@ def test_detection_order_permutes_the_instances():
 def test_no_detections_is_background_and_keeps_the_graph():
     sample, model = two_squares(Detections.empty(HEIGHT, WIDTH)), network()
     output = model(sample)
-    found = model.instance_map(output, sample)
+    found = model.instance_map(output)
     assert len(found) == 0
     assert not found.instances.any()
     (output.log_q.sum() + output.instance_log_q.sum() + output.validity.sum()).backward()
@@ -92,7 +93,7 @@ def test_failed_foreground_stays_a_candidate_with_its_own_score():
     model = network()
     output = model(sample)
     torch.testing.assert_close(output.validity[1], torch.tensor(0.6))
-    assert 1 in model.instance_map(output, sample).detection_indices
+    assert 1 in model.instance_map(output).detection_indices
 
 
 def test_instance_loss_gradient_reaches_validity_weights():
@@ -105,22 +106,25 @@ def test_instance_loss_gradient_reaches_validity_weights():
     assert model.semantic_crf.detection_weight_y.grad[1] != 0  # pyright: ignore[reportOptionalSubscript]
 
 
-@pytest.mark.parametrize("ablation", ["identification", "no_detection_potentials", "validity_ignored"])
-def test_ablations_rank_by_the_detector(ablation):
-    sample, model = two_squares(), network(ablation=ablation)
-    torch.testing.assert_close(model(sample).validity, torch.tensor([0.9, 0.6, 0.3]))
+@pytest.mark.parametrize("score", ["validity", "mask"])
+@pytest.mark.parametrize("ablation", [WITHOUT, replace(WITHOUT, instance_crf=False), Ablation(validity=False)])
+def test_ablations_rank_by_the_detector(ablation, score):
+    sample, model = two_squares(), network(score=score)
+    output = model(sample, ablation)
+    torch.testing.assert_close(output.validity, torch.tensor([0.9, 0.6, 0.3]))
+    np.testing.assert_allclose(model.instance_map(output, ablation).scores, [0.9, 0.6])
 
 
 def test_ablations_are_what_they_say():
     sample = two_squares()
-    names = ("identification", "no_detection_potentials", "validity_ignored", "full")
-    outputs = {name: network(ablation=name)(sample) for name in names}
-    torch.testing.assert_close(outputs["validity_ignored"].log_q, outputs["full"].log_q)
-    torch.testing.assert_close(outputs["identification"].log_q, outputs["no_detection_potentials"].log_q)
-    assert not torch.allclose(outputs["no_detection_potentials"].log_q, outputs["full"].log_q)
-    still = ModelConfig(instance_crf=InstanceCrfConfig(num_iterations=0), ablation="no_detection_potentials")
-    log_q = InstanceNetwork(still, 3)(sample).instance_log_q
-    torch.testing.assert_close(log_q, outputs["identification"].instance_log_q)
+    ignored, alone = Ablation(validity=False), replace(WITHOUT, instance_crf=False)
+    outputs = {ablation: network()(sample, ablation) for ablation in (alone, WITHOUT, ignored, FULL)}
+    torch.testing.assert_close(outputs[ignored].log_q, outputs[FULL].log_q)
+    torch.testing.assert_close(outputs[alone].log_q, outputs[WITHOUT].log_q)
+    assert not torch.allclose(outputs[WITHOUT].log_q, outputs[FULL].log_q)
+    still = ModelConfig(instance_crf=InstanceCrfConfig(num_iterations=0))
+    log_q = InstanceNetwork(still, 3)(sample, WITHOUT).instance_log_q
+    torch.testing.assert_close(log_q, outputs[alone].instance_log_q)
 
 
 def test_no_iterations_leave_the_networks_outputs():
@@ -132,14 +136,14 @@ def test_no_iterations_leave_the_networks_outputs():
 
 def test_naive_assignment_cannot_share_a_box():
     rows = [(1, 0.9, (3, 6, 29, 18)), (1, 0.6, (19, 6, 29, 18))]
-    sample, model = two_squares(detections_of(*rows)), network(ablation="naive")
-    assert model.instance_map(model(sample), sample).detection_indices.tolist() == [0]
+    sample, model, naive = two_squares(detections_of(*rows)), network(), Ablation(identification=False)
+    assert model.instance_map(model(sample, naive), naive).detection_indices.tolist() == [0]
 
 
 def test_mask_score_is_the_mean_marginal():
     sample, model = two_squares(), network(score="mask")
     output = model(sample)
-    found = model.instance_map(output, sample)
+    found = model.instance_map(output)
     mask = torch.from_numpy(found.instances == 1)
     torch.testing.assert_close(found.scores[0], output.log_q[1].exp()[mask].mean().item(), rtol=1e-5, atol=0)
 

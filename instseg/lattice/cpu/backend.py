@@ -22,7 +22,9 @@ from instseg.lattice.memory import empty
 
 __all__ = ["as_rows", "build", "copy_rows", "softmax", "softmax_backward"]
 
-_BAND = 1 << 15  # pixels of a band at most: fewer share less with their neighbours, more leave threads idle
+# Pixels of a band at most. With smaller bands more vertices lie in several of them, whose sums are then combined; with
+# larger ones an image has too few bands for all threads to work.
+_BAND = 1 << 15
 
 
 class _Part(NamedTuple):

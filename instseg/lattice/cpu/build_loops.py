@@ -106,8 +106,8 @@ def _find(key, table):
 
     Insertion stands where it is needed, three times: as a function of its own it makes numbering four times as slow.
 
-    Which of them comes is anyone's guess, so that two jumps would cost more than the rest: x | -x is negative unless
-    x is 0.
+    A slot holds the key, or nothing, or another key, and a processor cannot predict which; so both conditions are one
+    number, to be tested by one jump: x | -x is negative unless x is 0.
     """
     slot = _home(key, table)
     while True:

@@ -229,7 +229,7 @@ def rank_one_and_diagonal(matrix, left, right, diagonal):
 
 
 @compiled()
-def mix(start, stop, values, matrix, out):
+def apply_matrix(start, stop, values, matrix, out):
     """out[v] = values[v] @ matrix, whose columns are padded and whose rows are not; `out` may be `values`."""
     width = values.shape[1]
     row = np.empty((1, width), values.dtype)
@@ -257,7 +257,7 @@ def mix(start, stop, values, matrix, out):
 
 
 @compiled()
-def mix_rank_one(start, stop, num_labels, values, left, right, diagonal, out):
+def apply_rank_one(start, stop, num_labels, values, left, right, diagonal, out):
     """out[v] = <values[v], left> * right + values[v] * diagonal; `out` may be `values`."""
     width, none = values.shape[1], values.dtype.type(0)
     for row in range(start * width, stop * width, width):
@@ -404,15 +404,15 @@ def parallel_blur(bounds, directions, chains, values):
 
 
 @compiled(parallel=True)
-def parallel_mix(bounds, *arguments):
+def parallel_apply_matrix(bounds, *arguments):
     for part in prange(len(bounds) - 1):
-        mix(bounds[part], bounds[part + 1], *arguments)
+        apply_matrix(bounds[part], bounds[part + 1], *arguments)
 
 
 @compiled(parallel=True)
-def parallel_mix_rank_one(bounds, *arguments):
+def parallel_apply_rank_one(bounds, *arguments):
     for part in prange(len(bounds) - 1):
-        mix_rank_one(bounds[part], bounds[part + 1], *arguments)
+        apply_rank_one(bounds[part], bounds[part + 1], *arguments)
 
 
 @compiled(parallel=True)

@@ -58,18 +58,18 @@ class NumbaLattice(Lattice):
         run(loops.blur, loops.parallel_blur, fractions, self.directions, self.chains, padded_rows(on_vertices))
         return on_vertices
 
-    def mix(self, on_vertices: Tensor, matrices: Tensor, overwrite: bool = False) -> Tensor:  # noqa: D102
+    def apply_compatibility(self, on_vertices: Tensor, matrices: Tensor, overwrite: bool = False) -> Tensor:  # noqa: D102
         # Not torch's product: its threads spin for milliseconds after it, where ours should run.
-        mixed = on_vertices if overwrite else empty_rows(len(self.vertex_of_row), on_vertices)
+        messages = on_vertices if overwrite else empty_rows(len(self.vertex_of_row), on_vertices)
         for kernel, matrix in zip(self.kernels, matrices, strict=True):
             bounds = kernel.start + even_bounds(kernel.stop - kernel.start, on_vertices.shape[1])
-            source, target = padded_rows(on_vertices), padded_rows(mixed)
+            source, target = padded_rows(on_vertices), padded_rows(messages)
             factors = np.zeros((3, 1, source.shape[1]), source.dtype)
             if loops.rank_one_and_diagonal(matrix.detach().numpy(), *factors):
-                run(loops.mix_rank_one, loops.parallel_mix_rank_one, bounds, len(matrix), source, *factors, target)
+                run(loops.apply_rank_one, loops.parallel_apply_rank_one, bounds, len(matrix), source, *factors, target)
             else:
-                run(loops.mix, loops.parallel_mix, bounds, source, padded_rows(matrix), target)
-        return mixed
+                run(loops.apply_matrix, loops.parallel_apply_matrix, bounds, source, padded_rows(matrix), target)
+        return messages
 
     def inner(self, on_vertices: Tensor, other: Tensor) -> Tensor:
         """As the base class says, in an order that does not depend on the number of threads."""

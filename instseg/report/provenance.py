@@ -1,0 +1,30 @@
+"""Where numbers come from."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def provenance(config: dict[str, Any]) -> dict[str, Any]:
+    """What a reader needs to judge or repeat the numbers: commit, versions, machine, configuration."""
+    packages = ("numpy", "torch", "ray", "mlflow")
+    return {
+        "commit": commit(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "machine": platform.platform(),
+        "config": config,
+    }
+
+
+def commit() -> str | None:
+    """The checked-out commit, "-dirty" if files differ; None where the code is not in a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
