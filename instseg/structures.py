@@ -113,6 +113,17 @@ class Sample:
             if array is not None:
                 _require(array.shape == size, f"{self.image_id}: {name}", f"the image's size {size}", array.shape)
 
+    @property
+    def known_instances(self) -> np.ndarray | None:
+        """(H, W) int32: `instances`, with -1 also where no instance lies and the class is void.
+
+        What scores, losses and pictures compare with: of a pixel without an instance whose class is void nobody knows
+        whether it is background.
+        """
+        if self.instances is None or self.semantic is None:
+            return self.instances
+        return np.where((self.instances == BACKGROUND) & (self.semantic == IGNORE_LABEL), -1, self.instances)
+
 
 @dataclass(frozen=True, eq=False)
 class InstanceMap:

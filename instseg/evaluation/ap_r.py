@@ -14,7 +14,7 @@ import numpy as np
 
 from instseg.config import MatchingRule
 from instseg.evaluation.semantic import confusion_matrix
-from instseg.structures import IGNORE_LABEL, InstanceMap, Sample
+from instseg.structures import InstanceMap, Sample
 
 THRESHOLDS = tuple(tenth / 10 for tenth in range(1, 10))
 
@@ -86,11 +86,12 @@ def image_record(sample: Sample, predicted: InstanceMap, semantic_before: np.nda
     Raises:
         ValueError: If the sample has no ground truth, or the prediction no semantic part or a NaN score.
     """
-    if sample.semantic is None or sample.instances is None:
+    truth = sample.known_instances
+    if sample.semantic is None or truth is None:
         raise ValueError(f"{sample.image_id}: expected ground truth to evaluate against, got none")
     if predicted.semantic is None or not np.isfinite(predicted.scores).all():
         raise ValueError(f"{sample.image_id}: expected a semantic segmentation and finite scores")
-    joint = _joint_histogram(sample.instances, sample.instance_labels, sample.semantic, predicted)
+    joint = _joint_histogram(truth, len(sample.instance_labels), predicted)
     union = joint.sum(1)[:, None] + joint.sum(0)[None, :] - joint
     iou = (joint / np.maximum(union, 1))[1:, 1:]
     # A prediction of nothing but void pixels claims nothing, so it is no false positive.
@@ -107,12 +108,10 @@ def image_record(sample: Sample, predicted: InstanceMap, semantic_before: np.nda
     )
 
 
-def _joint_histogram(
-    truth: np.ndarray, truth_labels: np.ndarray, semantic: np.ndarray, predicted: InstanceMap
-) -> np.ndarray:
+def _joint_histogram(truth: np.ndarray, num_truths: int, predicted: InstanceMap) -> np.ndarray:
     """(P+1, G+1) pixels by predicted and true instance, 0 being none; void pixels do not count."""
-    known = (truth > 0) | ((truth == 0) & (semantic != IGNORE_LABEL))
-    shape = (len(predicted) + 1, len(truth_labels) + 1)
+    known = truth >= 0
+    shape = (len(predicted) + 1, num_truths + 1)
     joint = np.ravel_multi_index((predicted.instances[known], truth[known]), shape)
     return np.bincount(joint, minlength=shape[0] * shape[1]).reshape(shape)
 

@@ -52,7 +52,7 @@ class Objective(nn.Module):
         output = self.network(sample, self.config.ablation)
         semantic = semantic_loss(output.log_q, sample.semantic, self.config.probability_floor)
         labels = sample.detections.labels
-        truth, config = (sample.instances, sample.instance_labels), self.config
+        truth, config = (sample.known_instances, sample.instance_labels), self.config
         instance = instance_loss(output.instance_log_q, labels, *truth, config.instance_loss, config.probability_floor)
         total = self.config.semantic_loss_weight * semantic + self.config.instance_loss_weight * instance
         # An ablation leaves CRF parameters out of the graph; DDP waits for the gradient of every one.

@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from scipy import ndimage
 
-from instseg.structures import IGNORE_LABEL, InstanceMap, Sample
+from instseg.structures import InstanceMap, Sample
 
 COLUMNS = ("Input and detections", "Semantic segmentation", "Instance segmentation", "Ground truth")
 # Far apart in hue and lightness, and readable under white text with a dark edge.
@@ -120,13 +120,12 @@ def choose_colours(instances: np.ndarray, num: int, wanted: np.ndarray | None = 
 
 
 def _draw_row(row: Sequence[Axes], sample: Sample, predicted: InstanceMap, classes: Sequence[str]) -> None:
-    semantic, truth = predicted.semantic, sample.instances
+    semantic, truth = predicted.semantic, sample.known_instances
     wanted = None
     if truth is not None:
         colours_of_truth = choose_colours(truth, len(sample.instance_labels))
         wanted = _like_truth(predicted, truth, colours_of_truth)
-        void = (truth == 0) & (sample.semantic == IGNORE_LABEL)
-        _show(row[3], blend(sample.image, np.where(void, -1, truth), PALETTE[colours_of_truth]))
+        _show(row[3], blend(sample.image, truth, PALETTE[colours_of_truth]))
     colours = PALETTE[choose_colours(predicted.instances, len(predicted), wanted)]
     _show(row[0], sample.image / 255)
     _draw_boxes(row[0], sample, predicted, colours, classes)

@@ -93,7 +93,7 @@ def instance_loss(
     Args:
         log_q: (D+1, H, W) log-marginals of the instance CRF; 0 is background.
         labels: (D,) class of each detection.
-        instances: (H, W) ground truth as in `Sample`; None counts as void everywhere.
+        instances: (H, W) ground truth, `Sample.known_instances`; None counts as void everywhere.
         instance_labels: (G,) class of each ground-truth instance.
         kind: `log`, the cross-entropy of that paper, or `iou_loss`.
         probability_floor: As in `log_loss`.

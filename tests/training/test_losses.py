@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from instseg.evaluation.ap_r import image_record
+from instseg.structures import Detections, InstanceMap, Sample
 from instseg.training.losses import instance_loss, iou_loss, log_loss, match_instances, semantic_loss
 
 Scene = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -69,6 +71,18 @@ def test_unmatched_ground_truth_is_background_and_void_is_ignored() -> None:
     instances = np.array([[-1, 1, 2, 0]], np.int32)
     loss = instance_loss(log_q, np.array([5]), instances, np.array([5, 6]))
     assert loss.item() == pytest.approx((0.5 + 1.0 + 1.0) / 3)
+
+
+def test_background_of_void_class_is_void() -> None:
+    """The pixels that AP^r leaves out are those that the loss leaves out."""
+    semantic, instances = np.array([[1, 255, 255, 0]], np.uint8), np.array([[1, 0, 1, 0]], np.int32)
+    detections = Detections(np.array([1]), np.array([0.5], np.float32), np.array([[0, 0, 4, 1]], np.float32))
+    sample = Sample("a", np.zeros((1, 4, 3), np.uint8), detections, semantic, instances, np.array([1]))
+    log_q = torch.tensor([[[-1.0, -100.0, -2.0, -3.0]], [[-0.1, -200.0, -0.2, -4.0]]])
+    loss = instance_loss(log_q, detections.labels, sample.known_instances, sample.instance_labels)
+    assert loss.item() == pytest.approx((0.1 + 0.2 + 3.0) / 3)
+    everything = InstanceMap(np.ones((1, 4), np.int32), np.array([1]), np.ones(1), np.zeros(1), semantic)
+    assert image_record(sample, everything, semantic, 2).iou.item() == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("num_detections", [0, 3])
