@@ -10,6 +10,10 @@ import numpy as np
 
 from instseg.structures import Detections, box_to_slices
 
+# The functions of OpenCV whose assertions fail where there is nothing to learn a colour model from: no pixel of the
+# object or of the background, or colours too alike for their covariance to be inverted.
+_COLOUR_MODELS = ("initGMMs", "calcInverseCovAndDeterm")
+
 
 def compute_foregrounds(
     image: np.ndarray, detections: Detections, image_id: str, num_iterations: int
@@ -27,7 +31,10 @@ def compute_foregrounds(
 
     Returns:
         The detections with foregrounds (D, H, W), and what each came from: "grabcut", or "box" (all of the box's
-        pixels) where there is nothing to learn a background from.
+        pixels) where there is nothing to learn a colour model from.
+
+    Raises:
+        cv2.error: If GrabCut fails for another reason.
     """
     cv2.setNumThreads(1)  # Ray has one task a CPU already
     height, width = image.shape[:2]
@@ -56,7 +63,9 @@ def _grabcut(image: np.ndarray, box: np.ndarray, seed: int, num_iterations: int)
     cv2.setRNGSeed(seed)
     try:
         cv2.grabCut(image, mask, (x0, y0, x1 - x0, y1 - y0), *models, num_iterations, cv2.GC_INIT_WITH_RECT)
-    except cv2.error:  # too few pixels for its colour models
+    except cv2.error as error:
+        if error.code != cv2.Error.StsAssert or not error.func.endswith(_COLOUR_MODELS):
+            raise
         return None
     return (mask == cv2.GC_FGD) | (mask == cv2.GC_PR_FGD)
 

@@ -81,6 +81,46 @@ def test_the_box_serves_where_there_is_no_background_to_learn(image: np.ndarray)
     assert sources == ["box"]
 
 
+def _opencv_error(image: np.ndarray, rectangle: tuple[int, int, int, int]) -> cv2.error:
+    mask, models = np.zeros(image.shape[:2], np.uint8), (np.zeros((1, 65)), np.zeros((1, 65)))
+    with pytest.raises(cv2.error) as caught:
+        cv2.grabCut(image, mask, rectangle, *models, 1, cv2.GC_INIT_WITH_RECT)
+    return caught.value
+
+
+def test_the_box_serves_where_no_colour_model_can_be_learnt(image: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = _opencv_error(image, (0, 0, 80, 60))  # no pixel is left for the background
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cv2, "grabCut", fail)
+    for function in (error.func, "GMM::calcInverseCovAndDeterm"):
+        error.func = function
+        detections, sources = compute_foregrounds(image, _detections((20, 10, 60, 50)), "a", 1)
+        assert sources == ["box"]
+        assert detections.foregrounds is not None
+        assert detections.foregrounds[0, 10:50, 20:60].all()
+
+
+@pytest.mark.parametrize("mistake", ["greyscale", "rectangle outside the image", "memory"])
+def test_other_errors_of_opencv_are_none_of_a_box(
+    image: np.ndarray, monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    error = _opencv_error(image[..., 0], (1, 1, 5, 5))
+    if mistake == "rectangle outside the image":
+        error = _opencv_error(image, (90, 90, 5, 5))
+    if mistake == "memory":
+        error.code, error.func = cv2.Error.StsNoMem, "initGMMs"
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cv2, "grabCut", fail)
+    with pytest.raises(cv2.error):
+        compute_foregrounds(image, _detections((20, 10, 60, 50)), "a", 1)
+
+
 def test_nothing_to_do(image: np.ndarray) -> None:
     detections, sources = compute_foregrounds(image, Detections.empty(60, 80), "a", 2)
     assert sources == []
