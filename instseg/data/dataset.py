@@ -6,17 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
+from instseg.data.files import read_json, sha256_of
 from instseg.data.schema import FORMAT_VERSION, decode_row
 from instseg.structures import Sample
 
 MANIFEST = "manifest.json"
+_ADVICE = "run workflows/prepare.py again with the same options and --out to make it anew"
 
 
 class PreparedDataset:
     """The samples of a data directory, sorted by image id.
+
+    Every byte of a sample is one that prepare wrote: each process compares a shard's hash with the manifest's before
+    it reads its first row, and each read checks the checksums of the row's pages.
 
     Holds no open file and no row, so it is cheap to send to another process.
 
@@ -28,7 +32,7 @@ class PreparedDataset:
 
     Raises:
         FileNotFoundError: If the directory has no manifest, or lacks one of its shards.
-        ValueError: If the manifest or a shard is damaged.
+        ValueError: If the manifest is damaged, or a shard has another size.
     """
 
     def __init__(self, root: str) -> None:
@@ -36,31 +40,65 @@ class PreparedDataset:
         self.manifest = read_manifest(self.root)
         self.classes: tuple[str, ...] = tuple(self.manifest["classes"])
         self.num_labels = len(self.classes)
-        for shard in self.manifest["shards"]:
-            self._check_shard(shard["file"], shard["num_rows"])
-        self._rows = [(s["file"], row) for s in self.manifest["shards"] for row in range(s["num_rows"])]
-        self.image_ids: tuple[str, ...] = tuple(i for s in self.manifest["shards"] for i in s["image_ids"])
+        self._shards: dict[str, dict[str, Any]] = {shard["file"]: shard for shard in self.manifest["shards"]}
+        for file in self._shards:
+            self._check_size(file)
+        self._rows = [(file, row) for file, shard in self._shards.items() for row in range(len(shard["image_ids"]))]
+        self.image_ids: tuple[str, ...] = tuple(i for shard in self._shards.values() for i in shard["image_ids"])
+        self._verified: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
-        file, row = self._rows[index]
-        with pq.ParquetFile(self.root / file) as shard:
-            return decode_row(shard.read_row_group(row).to_pylist()[0])
+        """Read a sample.
 
-    def _check_shard(self, file: str, num_rows: int) -> None:
-        advice = "run workflows/prepare.py again with the same --out to complete it"
-        path = self.root / file
-        if not path.is_file():
-            raise FileNotFoundError(f"data directory {self.root}: shard {file} is missing; {advice}")
+        Raises:
+            FileNotFoundError: If its shard is missing.
+            ValueError: If its shard is damaged; names it.
+        """
+        file, row = self._rows[index]
+        self._verify(file)
         try:
-            metadata = pq.read_metadata(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"data directory {self.root}: shard {file} is damaged ({error}); {advice}") from None
-        if metadata.num_rows != num_rows or metadata.num_row_groups != num_rows:
-            got = f"expected {num_rows} rows, got {metadata.num_rows}"
-            raise ValueError(f"data directory {self.root}: shard {file}: {got}; {advice}")
+            with pq.ParquetFile(self.root / file, page_checksum_verification=True) as shard:
+                sample = decode_row(shard.read_row_group(row).to_pylist()[0])
+        except Exception as error:  # a damaged page can make pyarrow raise nearly anything
+            raise self._damaged(file, f"row {row} cannot be read: {' '.join(str(error).split())}") from error
+        if sample.image_id != self.image_ids[index]:
+            raise self._damaged(file, f"expected image {self.image_ids[index]} in row {row}, got {sample.image_id}")
+        return sample
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_verified": set()}  # another process may see other bytes
+
+    def verify(self) -> None:
+        """Compare the hash of every shard with the manifest's.
+
+        Raises:
+            FileNotFoundError: If a shard is missing.
+            ValueError: If one is damaged; names it.
+        """
+        for file in self._shards:
+            self._verify(file)
+
+    def _verify(self, file: str) -> None:
+        if file in self._verified:
+            return
+        self._check_size(file)
+        expected, got = self._shards[file]["sha256"], sha256_of(self.root / file)
+        if got != expected:
+            raise self._damaged(file, f"expected SHA-256 {expected}, got {got}")
+        self._verified.add(file)
+
+    def _check_size(self, file: str) -> None:
+        path, expected = self.root / file, self._shards[file]["num_bytes"]
+        if not path.is_file():
+            raise FileNotFoundError(f"data directory {self.root}: shard {file} is missing; {_ADVICE}")
+        if path.stat().st_size != expected:
+            raise self._damaged(file, f"expected {expected} bytes, got {path.stat().st_size}")
+
+    def _damaged(self, file: str, reason: str) -> ValueError:
+        return ValueError(f"data directory {self.root}: shard {file} is damaged: {reason}; {_ADVICE}")
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -73,12 +111,23 @@ def read_manifest(root: Path) -> dict[str, Any]:
     path = root / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"data directory {root}: no {MANIFEST} in it; run workflows/prepare.py first")
-    try:
-        manifest = json.loads(path.read_bytes())
-        version = manifest["versions"]["format"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: damaged; delete it and run workflows/prepare.py again") from None
+    version = _format_of(path)
     if version != FORMAT_VERSION:
         advice = "prepare into another directory"
         raise ValueError(f"{path}: expected data format {FORMAT_VERSION}, got {version}; {advice}")
-    return manifest
+    try:
+        return read_json(path)
+    except ValueError:
+        raise _damaged_manifest(path) from None
+
+
+def _format_of(path: Path) -> object:
+    """The one entry whose place is the same in all formats."""
+    try:
+        return json.loads(path.read_bytes())["versions"]["format"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise _damaged_manifest(path) from None
+
+
+def _damaged_manifest(path: Path) -> ValueError:
+    return ValueError(f"{path}: damaged; delete it and run workflows/prepare.py again")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from instseg.config import PrepareConfig
 from instseg.data.dataset import MANIFEST, read_manifest
+from instseg.data.files import digest, sha256_of, write_json
 from instseg.data.schema import FORMAT_VERSION
 from instseg.data.shards import ShardReport
 from instseg.data.voc import VocDevkit
@@ -20,7 +21,7 @@ _PACKAGES = {"opencv": "opencv-python-headless", "pyarrow": "pyarrow", "numpy": 
 def collect_settings(
     config: PrepareConfig, devkit: VocDevkit, image_ids: list[str], classes: tuple[str, ...]
 ) -> dict[str, Any]:
-    """All that the bytes of a data set depend on, without paths; file sizes stand for content that is slow to read.
+    """All that the bytes of a data set depend on, without paths: settings, and hashes of every input's content.
 
     Raises:
         FileNotFoundError: If there is no folder of logits.
@@ -31,27 +32,37 @@ def collect_settings(
         "min_score": config.min_score,
         "grabcut_iterations": config.grabcut_iterations,
         "shard_size": config.shard_size,
-        "images": digest([(image_id, devkit.input_sizes(image_id)) for image_id in image_ids]),
-        "detections": hashlib.sha256(Path(config.detections).read_bytes()).hexdigest(),
-        "logits": None if config.logits is None else _logits_digest(Path(config.logits), image_ids),
+        "image_ids": digest(image_ids),
+        "images": _digest_files(path for image_id in image_ids for path in devkit.files(image_id)),
+        "detections": sha256_of(Path(config.detections)),
+        "logits": _digest_logits(config.logits, image_ids),
     }
 
 
-def _logits_digest(folder: Path, image_ids: list[str]) -> str:
-    if not folder.is_dir():
+def _digest_logits(folder: str | None, image_ids: list[str]) -> str | None:
+    if folder is None:
+        return None
+    if not Path(folder).is_dir():
         raise FileNotFoundError(f"logits {folder}: no such folder")
-    files = [folder / f"{image_id}.npz" for image_id in image_ids]
-    return digest([file.stat().st_size if file.is_file() else -1 for file in files])
+    return _digest_files(Path(folder) / f"{image_id}.npz" for image_id in image_ids)
+
+
+def _digest_files(paths: Iterable[Path]) -> str:
+    with ThreadPoolExecutor() as pool:  # a disk across a network answers many at once
+        return digest(list(pool.map(_digest_file, paths)))
+
+
+def _digest_file(path: Path) -> str | None:
+    """None where the file is missing or cannot be read, which its image's task will report."""
+    try:
+        return sha256_of(path)
+    except OSError:
+        return None
 
 
 def collect_versions() -> dict[str, Any]:
     """Versions that the bytes may depend on, "format" being our own."""
     return {"format": FORMAT_VERSION} | {name: version(package) for name, package in _PACKAGES.items()}
-
-
-def digest(value: object) -> str:
-    """SHA-256 of a value's JSON text."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def has_manifest(out: Path, settings: dict[str, Any]) -> bool:
@@ -78,16 +89,14 @@ def write_manifest(out: Path, settings: dict[str, Any], reports: list[ShardRepor
         "source": "voc",
         "split": settings["split"],
         "classes": settings["classes"],
-        "num_images": sum(report.num_rows for report in reports),
+        "num_images": sum(len(report.image_ids) for report in reports),
         "num_detections": sum(report.num_detections for report in reports),
         "num_box_foregrounds": sum(report.num_box_foregrounds for report in reports),
         "num_quarantined": num_quarantined,
         "settings": settings,
         "versions": collect_versions(),
         "shards": [
-            {"file": r.file, "num_rows": r.num_rows, "sha256": r.sha256, "image_ids": r.image_ids} for r in reports
+            {name: getattr(report, name) for name in ("file", "num_bytes", "sha256", "image_ids")} for report in reports
         ],
     }
-    temporary = out / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=1) + "\n")
-    temporary.replace(out / MANIFEST)
+    write_json(out / MANIFEST, manifest)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import IO, Any, TypeGuard
 
 import numpy as np
 
-from instseg.data.quarantine import CorruptItemError, QuarantineRow
+from instseg.data.quarantine import CorruptItemError, QuarantineRow, blame
 from instseg.structures import Detections
+
+_MAX_LOGITS_BYTES = 1 << 30  # far above any network's output; a header may claim anything
+_MAX_DIGITS = 400  # no float is longer; Python refuses to convert integers of several thousand digits
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,11 @@ def read_detections(path: str) -> tuple[dict[str, list[DetectionRecord]], list[Q
     if not file.is_file():
         raise FileNotFoundError(f"detections {path}: no such file")
     try:
-        entries = json.loads(file.read_bytes())
+        entries = json.loads(file.read_bytes(), parse_int=_parse_int)
     except ValueError as error:
         raise ValueError(f"detections {path}: not a JSON file: {error}") from None
+    except RecursionError:
+        raise ValueError(f"detections {path}: expected a list of objects, got JSON that is nested too deeply") from None
     if not isinstance(entries, list):
         expected = "a list of {image_id, category_id, bbox, score}"
         raise ValueError(f"detections {path}: expected {expected}, got {type(entries).__name__}")
@@ -55,6 +60,10 @@ def read_detections(path: str) -> tuple[dict[str, list[DetectionRecord]], list[Q
     return records, rows
 
 
+def _parse_int(digits: str) -> int | float:
+    return int(digits) if len(digits) < _MAX_DIGITS else math.inf
+
+
 def import_detections(
     image_id: str, records: list[DetectionRecord], size: tuple[int, int], num_labels: int, min_score: float
 ) -> tuple[Detections, list[QuarantineRow]]:
@@ -66,22 +75,22 @@ def import_detections(
     Returns:
         Detections without foregrounds, in file order, and a row for each bad record.
     """
-    detections, rows = [], []
+    kept, rows = [Detections.empty(*size)], []
     for record in records:
         try:
-            label, score, box = _check(record.entry, size, num_labels)
-        except ValueError as error:
-            rows.append(QuarantineRow(image_id, record.file, str(error)))
-            continue
-        if score >= min_score and score > 0:
-            detections.append((label, score, box))
-    labels, scores, boxes = zip(*detections, strict=True) if detections else ((), (), ())
-    result = Detections(
-        labels=np.array(labels, np.int64),
-        scores=np.array(scores, np.float32),
-        boxes=np.array(boxes, np.float32).reshape(-1, 4),
-    )
-    return result, rows
+            with blame(image_id, record.file):
+                label, score, box = _check(record.entry, size, num_labels)
+                if score >= min_score and score > 0:
+                    kept.append(_detection(label, score, box))
+        except CorruptItemError as error:
+            rows.append(error.row)
+    labels, scores, boxes = (np.concatenate([getattr(d, name) for d in kept]) for name in ("labels", "scores", "boxes"))
+    return Detections(labels, scores, boxes), rows
+
+
+def _detection(label: int, score: float, box: list[float]) -> Detections:
+    """One detection, which raises where float32 makes the box empty or the score 0."""
+    return Detections(np.array([label]), np.array([score], np.float32), np.array([box], np.float32))
 
 
 def _check(entry: dict[str, Any], size: tuple[int, int], num_labels: int) -> tuple[int, float, list[float]]:
@@ -96,7 +105,7 @@ def _check(entry: dict[str, Any], size: tuple[int, int], num_labels: int) -> tup
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _clip(bbox: list[float], size: tuple[int, int]) -> list[float]:
@@ -117,23 +126,32 @@ def read_logits(folder: str, image_id: str, num_labels: int) -> np.ndarray:
         CorruptItemError: If the file is missing or damaged, L is not `num_labels`, or a value is not finite.
     """
     path = Path(folder) / f"{image_id}.npz"
-    name = f"{Path(folder).name}/{path.name}"
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return _check_logits(arrays["logits"], num_labels)
-    except FileNotFoundError:
-        raise CorruptItemError(image_id, name, "file is missing") from None
-    except KeyError:
-        raise CorruptItemError(image_id, name, "expected an array named 'logits' in it") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise CorruptItemError(image_id, name, str(error).replace(str(path), path.name)) from None
+    with blame(image_id, f"{Path(folder).name}/{path.name}"), zipfile.ZipFile(path) as archive:
+        if "logits.npy" not in archive.namelist():
+            raise ValueError("expected an array named 'logits' in it")
+        with archive.open("logits.npy") as file:
+            _check_header(file, archive.getinfo("logits.npy").file_size, num_labels)
+        with archive.open("logits.npy") as file:
+            return _to_half(np.lib.format.read_array(file, allow_pickle=False))
 
 
-def _check_logits(logits: np.ndarray, num_labels: int) -> np.ndarray:
-    if logits.ndim != 3 or len(logits) != num_labels or not logits.size:
-        raise ValueError(f"logits: expected shape ({num_labels}, h, w) for {num_labels} labels, got {logits.shape}")
-    if not np.issubdtype(logits.dtype, np.floating):
-        raise ValueError(f"logits: expected floating-point values, got {logits.dtype}")
+def _check_header(file: IO[bytes], num_bytes: int, num_labels: int) -> None:
+    """Check what a .npy of `num_bytes` claims to be, before memory is taken for it."""
+    read_header = np.lib.format.read_array_header_2_0
+    if np.lib.format.read_magic(file) == (1, 0):
+        read_header = np.lib.format.read_array_header_1_0
+    shape, _, dtype = read_header(file)
+    if len(shape) != 3 or shape[0] != num_labels or min(shape) < 1:
+        raise ValueError(f"logits: expected shape ({num_labels}, h, w) for {num_labels} labels, got {shape}")
+    if not np.issubdtype(dtype, np.floating):
+        raise ValueError(f"logits: expected floating-point values, got {dtype}")
+    expected, got = math.prod(shape) * dtype.itemsize, num_bytes - file.tell()
+    if expected != got or got > _MAX_LOGITS_BYTES:
+        limit = f"at most {_MAX_LOGITS_BYTES} bytes and"
+        raise ValueError(f"logits: expected {limit} {expected} for shape {shape}, got {got}")
+
+
+def _to_half(logits: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         half = logits.astype(np.float16)
     num_bad = int((~np.isfinite(half)).sum())

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from instseg.data.files import published
+
 NUM_NAMED = 5  # items that a message names; quarantine.parquet has all of them
+_MAX_REASON = 300  # characters: a reason quotes what it got, which may be a number of thousands of digits
 
 SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("image_id", "file", "reason")])
 
@@ -30,14 +34,40 @@ class CorruptItemError(Exception):
     """A file or record of one image cannot be used; carries the row for the quarantine."""
 
     def __init__(self, image_id: str, file: str, reason: object) -> None:
-        self.row = QuarantineRow(image_id, file, " ".join(str(reason).split()))
+        self.row = QuarantineRow(image_id, file, " ".join(str(reason).split())[:_MAX_REASON])
         super().__init__(str(self.row))
+
+
+@contextmanager
+def blame(image_id: str, file: str) -> Iterator[None]:
+    """Turn whatever is raised inside into a `CorruptItemError` of this file, unless it is one of another file.
+
+    Libraries that decode damaged input raise nearly anything, so no list of exceptions would be complete.
+    """
+    try:
+        yield
+    except CorruptItemError:
+        raise
+    except FileNotFoundError:
+        raise CorruptItemError(image_id, file, "file is missing") from None
+    except OSError as error:
+        raise CorruptItemError(image_id, file, error.strerror or error) from None  # its text has the machine's path
+    except ValueError as error:
+        raise CorruptItemError(image_id, file, error) from None
+    except Exception as error:
+        raise CorruptItemError(image_id, file, f"{type(error).__name__}: {error}") from None
 
 
 def write_quarantine(path: Path, rows: Iterable[QuarantineRow]) -> None:
     """Write the rows, sorted, as a Parquet table of three string columns."""
-    table = pa.Table.from_pylist([asdict(row) for row in sorted(rows)], schema=SCHEMA)
-    pq.write_table(table, path)
+    values = [{name: _printable(value) for name, value in asdict(row).items()} for row in sorted(rows)]
+    with published(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(values, schema=SCHEMA), temporary, write_page_checksum=True)
+
+
+def _printable(text: str) -> str:
+    """JSON and file names may hold half of a surrogate pair, which is no UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def check_share(rows: list[QuarantineRow], num_images: int, max_quarantined: float, file: Path) -> str | None:
@@ -59,5 +89,16 @@ def check_share(rows: list[QuarantineRow], num_images: int, max_quarantined: flo
 
 
 def read_quarantine(path: Path) -> list[QuarantineRow]:
-    """The rows that `write_quarantine` wrote; none where there is no file."""
-    return [QuarantineRow(**row) for row in pq.read_table(path).to_pylist()] if path.is_file() else []
+    """The rows that `write_quarantine` wrote.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged.
+    """
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+        return [QuarantineRow(**row) for row in table.to_pylist()]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+        raise ValueError(f"{path}: damaged ({' '.join(str(error).split())})") from None

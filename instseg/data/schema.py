@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from instseg.data.voc import VOID, decode_image
 from instseg.structures import Detections, Sample
 
-FORMAT_VERSION = 1  # raise it whenever the same inputs would give other bytes
+FORMAT_VERSION = 2  # raise it whenever the same inputs would give other bytes
 
 _RLE = pa.struct([pa.field("size", pa.list_(pa.int32(), 2)), pa.field("counts", pa.binary())])
 _DETECTION = pa.struct(

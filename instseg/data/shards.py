@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +9,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from instseg.data.files import published, read_json, sha256_of, write_json
 from instseg.data.foreground import compute_foregrounds
 from instseg.data.network_outputs import DetectionRecord, import_detections, read_logits
-from instseg.data.quarantine import CorruptItemError, QuarantineRow
+from instseg.data.quarantine import CorruptItemError, QuarantineRow, blame
 from instseg.data.schema import SCHEMA, encode_row
 from instseg.data.voc import VocDevkit
 from instseg.structures import Sample
 
-_FOOTER_KEY = b"instseg"
+# A row group is one row of encoded bytes, each different: dictionaries and statistics would be copies of them, and
+# statistics have no checksum.
+_PARQUET = {"compression": "zstd", "write_page_checksum": True, "use_dictionary": False, "write_statistics": False}
 
 
 @dataclass(frozen=True)
@@ -44,99 +44,109 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What a shard holds. `kept` tells that it was there already."""
+    """What a shard holds; written beside it, so that an interrupted run can go on from its complete shards.
+
+    Attributes:
+        file: Its name.
+        num_bytes: Its size.
+        sha256: Of its bytes.
+        image_ids: One for each row.
+        num_detections: In all rows.
+        num_box_foregrounds: Detections whose foreground is their box.
+        quarantined: The bad items of its images.
+        digest: `ShardPlan.digest` of the run that wrote it.
+    """
 
     file: str
-    num_rows: int
+    num_bytes: int
     sha256: str
     image_ids: list[str]
     num_detections: int
     num_box_foregrounds: int
     quarantined: list[QuarantineRow]
-    kept: bool
-
-    def to_json(self) -> str:
-        """The report as JSON text."""
-        return json.dumps(asdict(self))
+    digest: str
 
     @staticmethod
-    def from_json(text: str) -> ShardReport:
-        """The inverse of `to_json`."""
-        fields = json.loads(text)
-        return ShardReport(**fields | {"quarantined": [QuarantineRow(**row) for row in fields["quarantined"]]})
+    def read(path: Path) -> ShardReport:
+        """The report of the shard at `path`.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If it is damaged.
+        """
+        fields = read_json(path.with_suffix(".json"))
+        fields["quarantined"] = [QuarantineRow(**row) for row in fields["quarantined"]]
+        return ShardReport(**fields)
+
+    def write(self, path: Path) -> None:
+        """Write it beside the shard at `path`."""
+        write_json(path.with_suffix(".json"), asdict(self))
 
 
-def make_shard(plan: ShardPlan, index: int) -> ShardReport:
-    """Write shard `index` unless a complete one of the same plan is there."""
-    footer = _read_footer(plan.file(index), plan.digest)
-    if footer is not None:
-        return _report(plan.file(index), footer, kept=True)
-    return _report(plan.file(index), _write(plan, index), kept=False)
+def make_shard(plan: ShardPlan, index: int) -> bool:
+    """Write shard `index` and its report, unless both are there, undamaged and of the same plan.
 
+    Returns:
+        Whether it was there already.
 
-def _write(plan: ShardPlan, index: int) -> dict[str, Any]:
+    Raises:
+        OSError: If it cannot be written.
+    """
     path = plan.file(index)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    rows: list[QuarantineRow] = []
+    if _is_there(path, plan.digest):
+        return True
+    _write(plan, index).write(path)
+    return False
+
+
+def _is_there(path: Path, digest: str) -> bool:
+    try:
+        report = ShardReport.read(path)
+        return report.digest == digest and report.sha256 == sha256_of(path)
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+def _write(plan: ShardPlan, index: int) -> ShardReport:
+    path, quarantined = plan.file(index), []
     image_ids, num_detections, num_box = [], 0, 0
-    with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
+    with (
+        published(path) as temporary,
+        pq.ParquetWriter(temporary, SCHEMA, **_PARQUET) as writer,
+    ):
         for image_id in plan.shards[index]:
             try:
                 row, bad = _prepare_image(plan, image_id)
             except CorruptItemError as error:
-                rows.append(error.row)
+                quarantined.append(error.row)
                 continue
-            rows += bad
+            quarantined += bad
             image_ids.append(image_id)
             num_detections += len(row["detections"])
             num_box += sum(entry["foreground_source"] == "box" for entry in row["detections"])
             writer.write_batch(pa.RecordBatch.from_pylist([row], schema=SCHEMA))  # one row group
-        footer = {
-            "digest": plan.digest,
-            "image_ids": image_ids,
-            "num_detections": num_detections,
-            "num_box_foregrounds": num_box,
-            "quarantined": [asdict(row) for row in rows],
-        }
-        writer.add_key_value_metadata({_FOOTER_KEY: json.dumps(footer).encode()})
-    temporary.replace(path)
-    return footer
+    return ShardReport(
+        file=path.name,
+        num_bytes=path.stat().st_size,
+        sha256=sha256_of(path),
+        image_ids=image_ids,
+        num_detections=num_detections,
+        num_box_foregrounds=num_box,
+        quarantined=quarantined,
+        digest=plan.digest,
+    )
 
 
 def _prepare_image(plan: ShardPlan, image_id: str) -> tuple[dict[str, Any], list[QuarantineRow]]:
     """The Parquet row of an image, and its bad detections."""
-    image_file, image = plan.devkit.read_image(image_id)
-    size, num_labels = image.shape[:2], len(plan.classes)
-    truth = plan.devkit.read_masks(image_id, size, num_labels) if plan.has_ground_truth else None
-    logits = None if plan.logits is None else read_logits(plan.logits, image_id, num_labels)
-    records = plan.detections.get(image_id, [])
-    detections, bad = import_detections(image_id, records, size, num_labels, plan.min_score)
-    detections, sources = compute_foregrounds(image, detections, image_id, plan.grabcut_iterations)
-    sample = Sample(image_id, image, detections, *(truth or ()), logits=logits)
-    return encode_row(sample, image_file, sources, source="voc"), bad
-
-
-def _read_footer(path: Path, digest: str) -> dict[str, Any] | None:
-    """The footer of a complete shard with this digest, else None."""
-    try:
-        metadata = pq.read_metadata(path)
-        footer = json.loads((metadata.metadata or {})[_FOOTER_KEY])
-        complete = footer["digest"] == digest and metadata.num_rows == len(footer["image_ids"])
-    except (OSError, pa.ArrowInvalid, KeyError, ValueError, TypeError):
-        return None
-    return footer if complete else None
-
-
-def _report(path: Path, footer: dict[str, Any], kept: bool) -> ShardReport:
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return ShardReport(
-        file=path.name,
-        num_rows=len(footer["image_ids"]),
-        sha256=sha256,
-        image_ids=footer["image_ids"],
-        num_detections=footer["num_detections"],
-        num_box_foregrounds=footer["num_box_foregrounds"],
-        quarantined=[QuarantineRow(**row) for row in footer["quarantined"]],
-        kept=kept,
-    )
+    image_path, _, _ = plan.devkit.files(image_id)
+    with blame(image_id, plan.devkit.name(image_path)):
+        image_file, image = plan.devkit.read_image(image_id)
+        size, num_labels = image.shape[:2], len(plan.classes)
+        truth = plan.devkit.read_masks(image_id, size, num_labels) if plan.has_ground_truth else None
+        logits = None if plan.logits is None else read_logits(plan.logits, image_id, num_labels)
+        records = plan.detections.get(image_id, [])
+        detections, bad = import_detections(image_id, records, size, num_labels, plan.min_score)
+        detections, sources = compute_foregrounds(image, detections, image_id, plan.grabcut_iterations)
+        sample = Sample(image_id, image, detections, *(truth or ()), logits=logits)
+        return encode_row(sample, image_file, sources, source="voc"), bad

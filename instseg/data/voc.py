@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from instseg.data.quarantine import CorruptItemError
+from instseg.data.quarantine import blame
 from instseg.structures import BACKGROUND, IGNORE_LABEL
 
 BACKGROUND_NAME = "background"
@@ -34,14 +34,14 @@ class VocDevkit:
 
         Raises:
             FileNotFoundError: If there is no such split; the message lists those that exist.
-            ValueError: If the split is empty, repeats an id, or has an id that is no plain file name.
+            ValueError: If the split is not UTF-8, is empty, repeats an id, or has an id that is no plain file name.
         """
         folder = self.root / "ImageSets" / "Segmentation"
         path = folder / f"{split}.txt"
         if not path.is_file():
             found = ", ".join(sorted(file.stem for file in folder.glob("*.txt"))) or "none"
             raise FileNotFoundError(f"split {split!r}: no file {path}; splits that exist: {found}")
-        ids = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+        ids = [line.split()[0] for line in read_lines(path)]
         repeated = [image_id for image_id, count in Counter(ids).items() if count > 1]
         strange = [image_id for image_id in ids if not re.fullmatch(r"[\w.\-]+", image_id)]
         if not ids or repeated or strange:
@@ -55,11 +55,7 @@ class VocDevkit:
 
     def has_ground_truth(self, image_ids: list[str]) -> bool:
         """Whether any of these images has a mask; if one has, all are expected to."""
-        return any(path.is_file() for image_id in image_ids for path in self._files(image_id)[1:])
-
-    def input_sizes(self, image_id: str) -> list[int]:
-        """Bytes of the image and of its two masks, -1 where absent: tells cheaply whether inputs changed."""
-        return [path.stat().st_size if path.is_file() else -1 for path in self._files(image_id)]
+        return any(path.is_file() for image_id in image_ids for path in self.files(image_id)[1:])
 
     def read_image(self, image_id: str) -> tuple[bytes, np.ndarray]:
         """The file's bytes and its (H, W, 3) uint8 RGB pixels.
@@ -67,8 +63,10 @@ class VocDevkit:
         Raises:
             CorruptItemError: If the file is missing, damaged, or neither JPEG nor PNG.
         """
-        content, image = self._open(image_id, self._files(image_id)[0])
-        return content, np.asarray(image.convert("RGB"))
+        path, _, _ = self.files(image_id)
+        with blame(image_id, self.name(path)):
+            content = path.read_bytes()
+            return content, np.asarray(decode_image(content).convert("RGB"))
 
     def read_masks(
         self, image_id: str, size: tuple[int, int], num_labels: int
@@ -82,52 +80,31 @@ class VocDevkit:
         Raises:
             CorruptItemError: If a mask is missing, damaged, of another size, or has a class that does not exist.
         """
-        _, class_path, object_path = self._files(image_id)
-        semantic = self._read_palette(image_id, class_path, size)
-        classes = np.unique(semantic)
-        unknown = [int(c) for c in classes if num_labels <= c != IGNORE_LABEL]
-        if unknown:
-            reason = f"expected classes 0..{num_labels - 1} and 255, got {unknown}"
-            raise CorruptItemError(image_id, self._name(class_path), reason)
-        instances = self._read_palette(image_id, object_path, size).astype(np.int32)
-        instances[instances == IGNORE_LABEL] = VOID
-        try:
+        _, class_path, object_path = self.files(image_id)
+        with blame(image_id, self.name(class_path)):
+            semantic = _read_palette(class_path, size)
+            unknown = [int(c) for c in np.unique(semantic) if num_labels <= c != IGNORE_LABEL]
+            if unknown:
+                raise ValueError(f"expected classes 0..{num_labels - 1} and 255, got {unknown}")
+        with blame(image_id, self.name(object_path)):
+            instances = _read_palette(object_path, size).astype(np.int32)
+            instances[instances == IGNORE_LABEL] = VOID
             return semantic, instances, instance_classes(semantic, instances)
-        except ValueError as error:
-            raise CorruptItemError(image_id, self._name(object_path), error) from None
 
-    def _read_palette(self, image_id: str, path: Path, size: tuple[int, int]) -> np.ndarray:
-        _, image = self._open(image_id, path)
-        if image.mode not in ("P", "L"):  # RGB would turn palette indices into colours
-            raise CorruptItemError(image_id, self._name(path), f"expected an indexed PNG, got mode {image.mode}")
-        if image.size[::-1] != size:
-            reason = f"expected the image's {size[1]}x{size[0]} pixels, got {image.size[0]}x{image.size[1]}"
-            raise CorruptItemError(image_id, self._name(path), reason)
-        return np.array(image)
-
-    def _open(self, image_id: str, path: Path) -> tuple[bytes, Image.Image]:
-        try:
-            content = path.read_bytes()
-            return content, decode_image(content)
-        except FileNotFoundError:
-            raise CorruptItemError(image_id, self._name(path), "file is missing") from None
-        except (OSError, ValueError) as error:
-            reason = str(error).replace(str(path), "")
-            raise CorruptItemError(image_id, self._name(path), reason) from None
-
-    def _files(self, image_id: str) -> tuple[Path, Path, Path]:
-        """Image, class mask, object mask."""
+    def files(self, image_id: str) -> tuple[Path, Path, Path]:
+        """Image, class mask, object mask, whether they exist or not."""
         return (
             self._path("JPEGImages", f"{image_id}.jpg"),
             self._path("SegmentationClass", f"{image_id}.png"),
             self._path("SegmentationObject", f"{image_id}.png"),
         )
 
+    def name(self, path: Path) -> str:
+        """A file of the devkit relative to its folder."""
+        return path.relative_to(self.root).as_posix()
+
     def _path(self, *parts: str) -> Path:
         return self.root.joinpath(*parts)
-
-    def _name(self, path: Path) -> str:
-        return path.relative_to(self.root).as_posix()
 
 
 def open_devkit(path: str) -> VocDevkit:
@@ -157,6 +134,19 @@ def _complete(root: Path) -> Path:
     return root
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank, without white space around them.
+
+    Raises:
+        ValueError: If it is not UTF-8.
+    """
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text in UTF-8, got something else: {error}") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
 def decode_image(content: bytes) -> Image.Image:
     """Decode JPEG or PNG bytes, nothing else, in the file's own mode.
 
@@ -166,6 +156,7 @@ def decode_image(content: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            Image.open(io.BytesIO(content), formats=("JPEG", "PNG")).verify()  # a PNG's checksums, which load() skips
             image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
             image.load()
             return image
@@ -173,6 +164,16 @@ def decode_image(content: bytes) -> Image.Image:
         raise ValueError("neither a JPEG nor a PNG file") from None
     except (OSError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"damaged image: {error}") from None
+
+
+def _read_palette(path: Path, size: tuple[int, int]) -> np.ndarray:
+    image = decode_image(path.read_bytes())
+    if image.mode not in ("P", "L"):  # RGB would turn palette indices into colours
+        raise ValueError(f"expected an indexed PNG, got mode {image.mode}")
+    if image.size[::-1] != size:
+        expected = f"the image's {size[1]}x{size[0]} pixels"
+        raise ValueError(f"expected {expected}, got {image.size[0]}x{image.size[1]}")
+    return np.array(image)
 
 
 def instance_classes(semantic: np.ndarray, instances: np.ndarray) -> np.ndarray:

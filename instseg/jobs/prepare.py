@@ -9,11 +9,12 @@ from pathlib import Path
 
 from instseg.config import PrepareConfig
 from instseg.data.dataset import MANIFEST, PreparedDataset
-from instseg.data.manifest import collect_settings, collect_versions, digest, has_manifest, write_manifest
+from instseg.data.files import digest
+from instseg.data.manifest import collect_settings, collect_versions, has_manifest, write_manifest
 from instseg.data.network_outputs import DetectionRecord, read_detections
 from instseg.data.quarantine import QuarantineRow, check_share, read_quarantine, write_quarantine
 from instseg.data.shards import ShardPlan, ShardReport, make_shard
-from instseg.data.voc import BACKGROUND_NAME, VOC_CLASSES, VocDevkit, open_devkit
+from instseg.data.voc import BACKGROUND_NAME, VOC_CLASSES, VocDevkit, open_devkit, read_lines
 from instseg.jobs.cluster import cluster
 from instseg.jobs.progress import progress
 
@@ -29,11 +30,13 @@ def prepare(config: PrepareConfig) -> PreparedDataset:
 
     Raises:
         FileNotFoundError: If an input is missing.
-        ValueError: If an input is malformed as a whole, `out` holds other data, or more than `max_quarantined` of
-            the images have a bad item.
+        ValueError: If an input is malformed as a whole, `out` is or lies under a file or holds other data, or more
+            than `max_quarantined` of the images have a bad item.
+        OSError: If `out` cannot be written, such as on a full disk.
     """
     start = time.monotonic()
-    devkit, out = open_devkit(config.devkit), Path(config.out).resolve()
+    out = _check_out(config.out)
+    devkit = open_devkit(config.devkit)
     image_ids = devkit.image_ids(config.split)
     classes = (BACKGROUND_NAME, *read_classes(config.classes))
     records, orphans = read_detections(config.detections)
@@ -57,13 +60,14 @@ def prepare(config: PrepareConfig) -> PreparedDataset:
         detections={image_id: records[image_id] for image_id in image_ids if image_id in records},
         digest=digest(settings | collect_versions()),
     )
-    reports = _write_shards(plan)
+    num_kept = _write_shards(plan)
+    reports = [ShardReport.read(plan.file(index)) for index in range(len(plan.shards))]
     quarantined = orphans + [row for report in reports for row in report.quarantined]
     write_quarantine(out / QUARANTINE, quarantined)
     _check_quarantine(quarantined, len(image_ids), config.max_quarantined, out)
     write_manifest(out, settings, reports, len(quarantined))
     dataset = PreparedDataset(str(out))
-    _summarise(dataset, reports, time.monotonic() - start)
+    _summarise(dataset, num_kept, time.monotonic() - start)
     return dataset
 
 
@@ -72,16 +76,24 @@ def read_classes(path: str | None) -> tuple[str, ...]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is empty, repeats a name, or names the background.
+        ValueError: If it is not UTF-8, is empty, repeats a name, or names the background.
     """
     if path is None:
         return VOC_CLASSES
     if not Path(path).is_file():
         raise FileNotFoundError(f"classes {path}: no such file")
-    names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    names = read_lines(Path(path))
     if not names or len(set(names)) < len(names) or BACKGROUND_NAME in names:
         raise ValueError(f"classes {path}: expected distinct foreground class names, one a line, got {names}")
     return tuple(names)
+
+
+def _check_out(path: str) -> Path:
+    out = Path(path).resolve()
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not there.is_dir():
+        raise ValueError(f"out {path}: expected a folder or a path where one can be made, but {there} is a file")
+    return out
 
 
 def _unknown_images(records: dict[str, list[DetectionRecord]], known: set[str]) -> list[QuarantineRow]:
@@ -91,38 +103,54 @@ def _unknown_images(records: dict[str, list[DetectionRecord]], known: set[str]) 
 
 
 def _is_sound(out: Path) -> bool:
-    """Whether the shards that the manifest names are there; if not, they will be made again."""
+    """Whether every file of a complete run is there, byte by byte; if not, what is damaged will be made again."""
     try:
-        PreparedDataset(str(out))
+        dataset = PreparedDataset(str(out))
+        dataset.verify()
+        expected, got = dataset.manifest["num_quarantined"], len(read_quarantine(out / QUARANTINE))
+        if got != expected:
+            raise ValueError(f"{out / QUARANTINE}: expected {expected} rows, got {got}")
     except (FileNotFoundError, ValueError) as error:
-        print(f"warning: {error}; completing it now", file=sys.stderr, flush=True)
+        print(f"warning: {error}; making it anew now", file=sys.stderr, flush=True)
         return False
     return True
 
 
-def _write_shards(plan: ShardPlan) -> list[ShardReport]:
-    """One task of one CPU a shard; Ray repeats a task whose worker dies."""
+def _write_shards(plan: ShardPlan) -> int:
+    """One task of one CPU a shard; Ray repeats a task whose worker dies. Returns how many shards were there already."""
     import ray.data  # takes seconds, which --help and a run with nothing to do are spared
 
     plan.out.mkdir(parents=True, exist_ok=True)
     (plan.out / MANIFEST).unlink(missing_ok=True)
     indices = [{"shard": index} for index in range(len(plan.shards))]
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    num_kept = 0
     with cluster():
         ray.data.DataContext.get_current().enable_progress_bars = False  # `progress` reports
         tasks = ray.data.from_items(indices, override_num_blocks=len(indices)).map(
-            lambda row: {"report": make_shard(plan, row["shard"]).to_json()}, num_cpus=1
+            lambda row: _try_shard(plan, row["shard"]), num_cpus=1
         )
-        rows = progress(tasks.iter_rows(), len(indices), "prepared shards")
-        reports = sorted((ShardReport.from_json(row["report"]) for row in rows), key=lambda report: report.file)
-    _remove_leftovers(plan.out, {report.file for report in reports})
-    return reports
+        for result in progress(tasks.iter_rows(), len(indices), "prepared shards"):
+            if result["error"]:
+                raise OSError(result["error"])
+            num_kept += result["kept"]
+    _remove_leftovers(plan)
+    return num_kept
 
 
-def _remove_leftovers(out: Path, files: set[str]) -> None:
+def _try_shard(plan: ShardPlan, index: int) -> dict[str, bool | str]:
+    """A full disk is a result: of an exception, Ray Data would pass on neither the type nor one clear line."""
+    try:
+        return {"kept": make_shard(plan, index), "error": ""}
+    except OSError as error:
+        return {"kept": False, "error": str(error)}
+
+
+def _remove_leftovers(plan: ShardPlan) -> None:
     """Remove shards of a run with other settings that never finished, and what killed workers were writing."""
-    for path in out.glob("shard-*.parquet*"):
-        if path.name not in files:
+    names = {plan.file(index).stem for index in range(len(plan.shards))}
+    for path in plan.out.glob("shard-*"):
+        if path.stem not in names or path.suffix not in (".parquet", ".json"):
             path.unlink()
 
 
@@ -132,9 +160,9 @@ def _check_quarantine(rows: list[QuarantineRow], num_images: int, max_quarantine
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
-def _summarise(dataset: PreparedDataset, reports: list[ShardReport], seconds: float) -> None:
-    manifest, num_kept = dataset.manifest, sum(report.kept for report in reports)
-    kept = f" ({num_kept} of {len(reports)} shards were there already)" if num_kept else ""
+def _summarise(dataset: PreparedDataset, num_kept: int, seconds: float) -> None:
+    manifest = dataset.manifest
+    kept = f" ({num_kept} of {len(manifest['shards'])} shards were there already)" if num_kept else ""
     print(
         f"prepared {manifest['num_images']} images, {manifest['num_detections']} detections "
         f"({manifest['num_box_foregrounds']} with their box as foreground), "

@@ -1,42 +1,16 @@
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from instseg.data.dataset import PreparedDataset
-from instseg.data.network_outputs import read_detections
+from instseg.data.files import read_json, write_json
 from instseg.data.schema import FORMAT_VERSION
-from instseg.data.shards import ShardPlan, make_shard
 from instseg.data.voc import open_devkit
-from instseg.jobs.prepare import read_classes
-
-
-@pytest.fixture
-def root(devkit: Path, tmp_path: Path) -> Path:
-    """A data directory of two shards, made without Ray."""
-    reader = open_devkit(str(devkit))
-    ids = reader.image_ids("train")
-    plan = ShardPlan(
-        out=tmp_path,
-        devkit=reader,
-        logits=str(devkit / "logits"),
-        classes=("background", *read_classes(str(devkit / "classes.txt"))),
-        has_ground_truth=True,
-        min_score=0.05,
-        grabcut_iterations=1,
-        shards=(tuple(ids[:3]), tuple(ids[3:])),
-        detections=read_detections(str(devkit / "detections.json"))[0],
-        digest="x",
-    )
-    reports = [make_shard(plan, index) for index in range(2)]
-    shards = [{"file": r.file, "num_rows": r.num_rows, "image_ids": r.image_ids} for r in reports]
-    manifest = {"classes": plan.classes, "shards": shards, "versions": {"format": FORMAT_VERSION}}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    return tmp_path
 
 
 def test_samples_equal_the_devkit(root: Path, devkit: Path) -> None:
@@ -68,9 +42,16 @@ def test_a_directory_without_manifest(tmp_path: Path) -> None:
         PreparedDataset(str(tmp_path))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"classes": []}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"classes": []}', "[" * 100_000, '{"versions": {"format": 2}}', "\xff"])
 def test_a_damaged_manifest(root: Path, text: str) -> None:
-    (root / "manifest.json").write_text(text)
+    (root / "manifest.json").write_text(text, "latin1")
+    with pytest.raises(ValueError, match=r"manifest\.json: damaged; delete it"):
+        PreparedDataset(str(root))
+
+
+def test_a_manifest_that_was_changed(root: Path) -> None:
+    text = (root / "manifest.json").read_text()
+    (root / "manifest.json").write_text(text.replace('"ball"', '"bell"'))
     with pytest.raises(ValueError, match="damaged; delete it"):
         PreparedDataset(str(root))
 
@@ -81,15 +62,67 @@ def test_a_manifest_of_another_format(root: Path) -> None:
         PreparedDataset(str(root))
 
 
-def test_a_damaged_shard_is_named(root: Path) -> None:
+def test_a_shard_that_is_missing_or_too_short_is_named(root: Path) -> None:
     path = root / "shard-00001.parquet"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"shard-00001\.parquet is damaged .* run workflows/prepare\.py again"):
-        PreparedDataset(str(root))
-    path.write_bytes((root / "shard-00000.parquet").read_bytes())
-    with pytest.raises(ValueError, match=r"shard-00001\.parquet: expected 1 rows, got 3"):
+    with pytest.raises(
+        ValueError, match=r"shard-00001\.parquet is damaged: expected .* run workflows/prepare\.py again"
+    ):
         PreparedDataset(str(root))
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"shard-00001\.parquet is missing"):
+    with pytest.raises(FileNotFoundError, match=r"shard-00001\.parquet is missing; run workflows/prepare\.py again"):
         PreparedDataset(str(root))
+
+
+def test_a_flipped_bit_is_found_before_the_first_row_is_read(root: Path) -> None:
+    path = root / "shard-00001.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(flip(whole, len(whole) // 3))
+    dataset = PreparedDataset(str(root))
+    assert dataset[0].image_id == "scene_00000"  # the other shard is sound
+    for read in (lambda: dataset[3], dataset.verify):
+        with pytest.raises(ValueError, match=r"shard-00001\.parquet is damaged: expected SHA-256 .*prepare\.py again"):
+            read()
+    path.write_bytes(whole)
+    assert dataset[3].image_id == "scene_00003"
+
+
+def test_each_process_verifies_for_itself(root: Path) -> None:
+    path = root / "shard-00001.parquet"
+    dataset = PreparedDataset(str(root))
+    dataset.verify()
+    path.write_bytes(flip(path.read_bytes(), path.stat().st_size - 10))
+    with pytest.raises(ValueError, match="expected SHA-256"):
+        pickle.loads(pickle.dumps(dataset))[3]  # noqa: S301
+
+
+def test_pages_are_checked_at_each_read(root: Path) -> None:
+    """Bytes that change after the hash was compared, such as on a failing disk."""
+    path = root / "shard-00001.parquet"
+    dataset = PreparedDataset(str(root))
+    dataset.verify()
+    with pq.ParquetFile(path) as shard:
+        image = shard.metadata.row_group(0).column(4)
+    assert image.path_in_schema == "image"
+    path.write_bytes(flip(path.read_bytes(), image.data_page_offset + image.total_compressed_size // 2))
+    with pytest.raises(ValueError, match=r"shard-00001\.parquet is damaged: row 0 cannot be read"):
+        dataset[3]
+
+
+def test_a_shard_of_other_images_is_refused(root: Path) -> None:
+    first, second = sorted(root.glob("*.parquet"))
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(ValueError, match=r"shard-00001\.parquet is damaged: expected .* bytes"):
+        PreparedDataset(str(root))
+    manifest = read_json(root / "manifest.json")
+    manifest["shards"][1] = manifest["shards"][0] | {"file": second.name, "image_ids": ["x", "y", "z"]}
+    write_json(root / "manifest.json", manifest)
+    with pytest.raises(
+        ValueError, match=r"shard-00001\.parquet is damaged: expected image x in row 0, got scene_00000"
+    ):
+        PreparedDataset(str(root))[3]
+
+
+def flip(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]

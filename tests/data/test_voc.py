@@ -59,6 +59,31 @@ def test_refuses_a_strange_split(devkit: Path, tmp_path: Path, text: str) -> Non
         VocDevkit(tmp_path).image_ids("odd")
 
 
+def test_a_split_that_is_no_text_is_named(devkit: Path, tmp_path: Path) -> None:
+    shutil.copytree(devkit, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "ImageSets/Segmentation/odd.txt").write_bytes("scene_00001\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"odd\.txt: expected text in UTF-8"):
+        VocDevkit(tmp_path).image_ids("odd")
+    (tmp_path / "ImageSets/Segmentation/odd.txt").write_text("scene_00001\r\n", "utf-8-sig")  # as Windows writes it
+    assert VocDevkit(tmp_path).image_ids("odd") == ["scene_00001"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RecursionError("deep"), RuntimeError("odd"), KeyError("x")])
+def test_whatever_an_image_raises_is_of_this_image(
+    devkit: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(content: bytes) -> None:
+        raise error
+
+    monkeypatch.setattr("instseg.data.voc.decode_image", fail)
+    with pytest.raises(CorruptItemError, match=type(error).__name__) as caught:
+        VocDevkit(devkit).read_image("scene_00001")
+    assert caught.value.row.file == "JPEGImages/scene_00001.jpg"
+    with pytest.raises(CorruptItemError, match=type(error).__name__) as caught:
+        VocDevkit(devkit).read_masks("scene_00001", (64, 96), 6)
+    assert caught.value.row.file == "SegmentationClass/scene_00001.png"
+
+
 def test_images_without_masks_are_test_images(devkit: Path, tmp_path: Path) -> None:
     shutil.copytree(devkit, tmp_path, dirs_exist_ok=True)
     copy = VocDevkit(tmp_path)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from instseg.data.files import sha256_of, write_json
 from instseg.data.schema import FORMAT_VERSION, SCHEMA, encode_row
 from instseg.structures import Detections, Sample
 
@@ -58,12 +58,13 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), root / "shard.parquet", row_group_size=1)
     shard = {
         "file": "shard.parquet",
-        "num_rows": NUM_IMAGES,
+        "num_bytes": (root / "shard.parquet").stat().st_size,
+        "sha256": sha256_of(root / "shard.parquet"),
         "image_ids": [sample.image_id for sample in samples],
     }
     classes = ["background", "square", "circle", "cross"]
     manifest = {"classes": classes, "shards": [shard], "versions": {"format": FORMAT_VERSION}}
-    (root / "manifest.json").write_text(json.dumps(manifest))
+    write_json(root / "manifest.json", manifest)
     return root
 
 

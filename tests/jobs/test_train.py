@@ -19,6 +19,7 @@ import ray
 from safetensors.torch import load_file
 
 from instseg.config import ModelConfig, TrackingConfig, TrainConfig
+from instseg.data.files import read_json, sha256_of, write_json
 from instseg.data.schema import SCHEMA
 from instseg.jobs.train import train
 from instseg.models.checkpoint import epoch_folder, find_checkpoint
@@ -157,18 +158,22 @@ def test_a_run_directory_belongs_to_one_configuration(finished: TrainConfig) -> 
 def test_data_is_checked_before_a_worker_starts(tiny_data: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"run workflows/prepare\.py first"):
         train(make_config(tmp_path, tmp_path / "run"))
+    manifest = read_json(tiny_data / "manifest.json")
     for column, message in (("semantic_logits", "has no logits"), ("semantic", "has no ground truth")):
         data = tmp_path / column
         shutil.copytree(tiny_data, data)
         rows = pq.read_table(data / "shard.parquet").to_pylist()
         without = [{**row, column: None} for row in rows]
-        pq.write_table(pa.Table.from_pylist(without, SCHEMA), data / "shard.parquet", row_group_size=1)
+        shard = data / "shard.parquet"
+        pq.write_table(pa.Table.from_pylist(without, SCHEMA), shard, row_group_size=1)
+        manifest["shards"][0] |= {"num_bytes": shard.stat().st_size, "sha256": sha256_of(shard)}
+        write_json(data / "manifest.json", manifest)
         with pytest.raises(ValueError, match=message):
             train(make_config(data, tmp_path / "run"))
-    manifest = json.loads((tiny_data / "manifest.json").read_text())
     shutil.copytree(tiny_data, tmp_path / "classes")
+    manifest = read_json(tiny_data / "manifest.json")
     manifest["classes"].append("triangle")
-    (tmp_path / "classes" / "manifest.json").write_text(json.dumps(manifest))
+    write_json(tmp_path / "classes" / "manifest.json", manifest)
     with pytest.raises(ValueError, match="logits of 4 labels, expected 5"):
         train(make_config(tmp_path / "classes", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
