@@ -72,7 +72,7 @@ def test_every_image_is_there_once(prepared: Path) -> None:
     dataset = PreparedDataset(str(prepared))
     assert len(dataset) == NUM_IMAGES
     assert dataset.image_ids == tuple(f"scene_{index:05d}" for index in range(NUM_IMAGES))
-    assert [shard["num_rows"] for shard in dataset.manifest["shards"]] == [4, 4, 2]
+    assert [len(shard["image_ids"]) for shard in dataset.manifest["shards"]] == [4, 4, 2]
     samples = [dataset[index] for index in range(len(dataset))]
     assert tuple(sample.image_id for sample in samples) == dataset.image_ids
     assert sum(len(sample.detections) for sample in samples) == dataset.manifest["num_detections"] > NUM_IMAGES
@@ -113,6 +113,12 @@ def test_other_settings_need_another_directory(devkit: Path, prepared: Path, tmp
     detections.write_text("[]")
     with pytest.raises(ValueError, match="detections "):
         prepare(_config(devkit, prepared, detections=str(detections)))
+    shutil.copytree(devkit, tmp_path / "inputs")
+    path = tmp_path / "inputs" / "logits" / "scene_00003.npz"
+    content = path.read_bytes()
+    path.write_bytes(content[:200] + bytes([content[200] ^ 1]) + content[201:])  # of the same size
+    with pytest.raises(ValueError, match=r"prepared with other settings: logits \(.* there, .* now\)"):
+        prepare(_config(tmp_path / "inputs", prepared))
     assert _times(prepared) == before
 
 
@@ -121,8 +127,7 @@ def test_a_half_written_run_is_completed(
 ) -> None:
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     (tmp_path / "manifest.json").unlink()
-    damaged = tmp_path / "shard-00001.parquet"
-    damaged.write_bytes(damaged.read_bytes()[:5000])
+    _flip_a_bit(tmp_path / "shard-00001.parquet")
     (tmp_path / "shard-00002.parquet").unlink()
     (tmp_path / "shard-00002.parquet.tmp-123").write_bytes(b"of a killed worker")
     shutil.copy(tmp_path / "shard-00000.parquet", tmp_path / "shard-00007.parquet")  # of a run with smaller shards
@@ -140,11 +145,38 @@ def test_shards_of_other_settings_are_redone(devkit: Path, prepared: Path, tmp_p
     assert _content(tmp_path) == _content(prepared)
 
 
-def test_a_damaged_complete_run_is_mended(devkit: Path, prepared: Path, tmp_path: Path) -> None:
+def _flip_a_bit(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:2000] + bytes([content[2000] ^ 8]) + content[2001:])
+
+
+def test_a_damaged_complete_run_is_mended(
+    devkit: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "shard-00001.parquet").unlink()
+    shutil.copy(tmp_path / "shard-00000.parquet", tmp_path / "shard-00001.parquet")
+    _flip_a_bit(tmp_path / "shard-00002.parquet")
     prepare(_config(devkit, tmp_path))
+    printed = capsys.readouterr()
+    assert "shard-00001.parquet is damaged" in printed.err
+    assert "1 of 3 shards were there already" in printed.out
     assert _content(tmp_path) == _content(prepared)
+
+
+@pytest.mark.parametrize("below", ["", "new/folder"])
+def test_out_may_not_be_a_file(tmp_path: Path, below: str) -> None:
+    file = tmp_path / "file"
+    file.write_text("kept")
+    with pytest.raises(ValueError, match=r"out .*: expected a folder .*, but .*/file is a file"):
+        prepare(_config(tmp_path / "no devkit is looked for", file / below))
+    assert file.read_text() == "kept"
+
+
+def test_what_a_task_cannot_write_is_one_line(devkit: Path, tmp_path: Path) -> None:
+    """As on a full disk, where OSError is raised in the same place."""
+    (tmp_path / "shard-00001.parquet").mkdir()
+    with pytest.raises(OSError, match=f"^.Errno 21. Is a directory: '{tmp_path}'$"):
+        prepare(_config(devkit, tmp_path))
 
 
 def test_a_killed_worker_is_replaced(devkit: Path, prepared: Path, tmp_path: Path) -> None:
@@ -177,14 +209,16 @@ def _shrink_mask(path: Path) -> None:
     Image.new("L", (95, 64)).save(path)
 
 
-def _nan_logits(path: Path) -> None:
-    np.savez(path, logits=np.full((6, 8, 12), np.nan, np.float16))
+def _array_alone(path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.zeros((6, 8, 12), np.float16))
 
 
 def _bad_detections(path: Path) -> None:
     entries = json.loads(path.read_text())
     first = next(index for index, entry in enumerate(entries) if entry["image_id"] == "scene_00004")
     entries[first]["category_id"] = 6
+    entries.append(entries[first] | {"category_id": 1, "bbox": [95.9999999, 10, 1e-8, 20]})  # empty in float32
     entries.append(entries[0] | {"image_id": "scene_99999"})
     path.write_text(json.dumps(entries))
 
@@ -192,7 +226,7 @@ def _bad_detections(path: Path) -> None:
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "JPEGImages/scene_00000.jpg": _truncate,
     "SegmentationObject/scene_00001.png": _shrink_mask,
-    "logits/scene_00002.npz": _nan_logits,
+    "logits/scene_00002.npz": _array_alone,
     "logits/scene_00003.npz": Path.unlink,
     "detections.json": _bad_detections,
 }
@@ -212,7 +246,7 @@ def test_corrupt_items_are_quarantined(
 ) -> None:
     out = tmp_path / "out"
     with pytest.raises(
-        ValueError, match=r"6 bad items in 6 of 10 images .* more than --max-quarantined 0.01"
+        ValueError, match=r"7 bad items in 6 of 10 images .* more than --max-quarantined 0.01"
     ) as caught:
         prepare(_config(damaged, out))
     assert "scene_00000: JPEGImages/scene_00000.jpg: damaged image" in str(caught.value)
@@ -222,7 +256,7 @@ def test_corrupt_items_are_quarantined(
     dataset = prepare(_config(damaged, out, max_quarantined=0.6))  # as many as allowed
     printed = capsys.readouterr()
     assert "3 of 3 shards were there already" in printed.out
-    assert "warning: quarantined 6 bad items" in printed.err
+    assert "warning: quarantined 7 bad items" in printed.err
     assert "JPEGImages/scene_00000.jpg" in printed.err
     rows = read_quarantine(out / "quarantine.parquet")
     assert [(row.image_id, row.file.split("[")[0]) for row in rows] == [
@@ -231,9 +265,18 @@ def test_corrupt_items_are_quarantined(
         ("scene_00002", "logits/scene_00002.npz"),
         ("scene_00003", "logits/scene_00003.npz"),
         ("scene_00004", "detections.json"),
+        ("scene_00004", "detections.json"),
         ("scene_99999", "detections.json"),
     ]
-    reasons = ("damaged", "expected the image's 96x64", "finite", "missing", r"1..5, got 6", "not in the devkit")
+    reasons = (
+        "damaged",
+        "expected the image's 96x64",
+        "not a zip file",
+        "missing",
+        r"1..5, got 6",
+        "x0 < x1",
+        "not in the devkit",
+    )
     for row, reason in zip(rows, reasons, strict=True):
         assert reason in row.reason
     whole = PreparedDataset(str(prepared))

@@ -29,6 +29,8 @@ def _run(devkit: Path, out: Path, *options: str) -> str:
         ("--devkit", "nowhere", "error: devkit nowhere: no such folder"),
         ("--split", "vall", "splits that exist: train, val"),
         ("--detections", "nothing.json", "error: detections nothing.json: no such file"),
+        ("--out", __file__, "is a file"),
+        ("--classes", sys.executable, "expected text in UTF-8"),
         ("--max-quarantine", "1", "--max-quarantined"),
     ],
 )
