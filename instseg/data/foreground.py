@@ -36,7 +36,7 @@ def compute_foregrounds(
     Raises:
         cv2.error: If GrabCut fails for another reason.
     """
-    cv2.setNumThreads(1)  # Ray has one task a CPU already
+    cv2.setNumThreads(1)  # Ray already runs one task on each CPU
     height, width = image.shape[:2]
     foregrounds = np.zeros((len(detections), height, width), np.bool_)
     sources = []

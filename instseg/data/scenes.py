@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter, zoom
 CLASSES = ("ball", "brick", "flower", "leaf", "donut")
 _OVERSAMPLING = 3  # anti-aliasing
 _MIN_AREA = 0.01  # of the image
-_MIN_VISIBLE = 0.45  # share of an object that others leave to be seen
+_MIN_VISIBLE = 0.45  # share of an object that must stay visible
 _COLOURS = {
     "ball": ((196, 62, 58), (52, 104, 182), (228, 138, 38)),
     "brick": ((166, 78, 58), (142, 92, 78), (188, 112, 84)),
@@ -69,7 +69,7 @@ class _Canvas:
         self.y, self.x = (np.indices(size) + 0.5) / _OVERSAMPLING
         self.labels: list[int] = []
         self.ids = np.zeros(size, np.int32)
-        self.areas: list[int] = []  # before others hid them
+        self.areas: list[int] = []  # pixels of each object, hidden ones included
         self.places: list[tuple[float, float, float]] = []  # centre and radius
         self.pixels = self._table()
 

@@ -118,7 +118,7 @@ def _is_sound(out: Path) -> bool:
 
 def _write_shards(plan: ShardPlan) -> int:
     """One task of one CPU a shard; Ray repeats a task whose worker dies. Returns how many shards were there already."""
-    import ray.data  # takes seconds, which --help and a run with nothing to do are spared
+    import ray.data  # takes seconds, so that --help and a run with nothing to do go without
 
     plan.out.mkdir(parents=True, exist_ok=True)
     (plan.out / MANIFEST).unlink(missing_ok=True)
