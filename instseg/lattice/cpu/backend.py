@@ -72,7 +72,7 @@ def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> Num
     for part in built:
         image_bands, *arrays = part.renumbering
         bounds = parts(len(image_bands) - 1)
-        run(build_loops.renumber, build_loops.parallel_renumber, bounds, image_bands, *arrays, stop, part.corners)
+        run(build_loops.renumber, bounds, image_bands, *arrays, stop, part.corners)
     vertex_of_spilled = np.concatenate([part.vertex_of_spilled for part in built])
     starts = np.concatenate([[0], np.bincount(vertex_of_spilled, minlength=stop).cumsum()])
     order = build_loops.sort_by_vertex(vertex_of_spilled, starts)
@@ -142,7 +142,7 @@ def _number_corners(
     runs = np.empty((num_bands, 2), np.int64)
     arrays = (tensor.numpy() for tensor in (features.contiguous(), scales, low, strides))
     arrays = bands, *arrays, bounds, tables, weights, numbers, keys, runs
-    run(build_loops.number_corners, build_loops.parallel_number_corners, bounds, *arrays)
+    run(build_loops.number_corners, bounds, *arrays)
     steps = strides.sum() - (num_features + 1) * torch.cat([strides, strides.new_zeros(1)])
     return keys, runs, steps.numpy()
 
@@ -153,7 +153,7 @@ def _find_chains(steps: np.ndarray, table: np.ndarray, unique: np.ndarray, first
     flags = empty((len(steps), len(unique) + 1), torch.bool).numpy()
     lengths = np.empty(len(steps), np.int64)
     arrays = steps, table, unique, first_vertex, links, flags, firsts, chains, lengths
-    run(build_loops.find_chains, build_loops.parallel_find_chains, parts(len(steps)), *arrays)
+    run(build_loops.find_chains, parts(len(steps)), *arrays)
     return [chain[:length] for chain, length in zip(chains, lengths, strict=True)]
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
-from instseg.lattice.cpu.simd import compiled, element, prefetch, set_element
+from instseg.lattice.cpu.compile import compiled
+from instseg.lattice.cpu.simd import element, prefetch, set_element
 
 _EMPTY = np.int64(-1)  # keys are not negative
 _AHEAD = 16  # keys by which memory is asked for in advance
 _BLOCK = 128  # points that a loop carries through all its steps in the first-level cache
 
 
-@compiled()
+@compiled
 def _new_buffers(num_corners, dtype):
     """What `_embed` works in."""
     shape = num_corners, _BLOCK
@@ -27,7 +27,7 @@ def _new_buffers(num_corners, dtype):
     )
 
 
-@compiled()
+@compiled
 def _embed(first, n, features, scales, low, strides, buffers, weights, keys):
     """Barycentric coordinates of n points, and one key for each corner of their simplices; `torch_backend` says how.
 
@@ -93,14 +93,14 @@ def _embed(first, n, features, scales, low, strides, buffers, weights, keys):
             weights[first + p, k] = residual[num_features - k, p] - residual[num_corners - k, p]
 
 
-@compiled()
+@compiled
 def _home(key, table):
     """The slot of `table` from which a key is searched."""
     mixed = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
     return np.int64((mixed ^ (mixed >> np.uint64(32))) & np.uint64(len(table) - 1))
 
 
-@compiled()
+@compiled
 def _find(key, table):
     """The slot of an open-addressing table (S, 2), of keys and their numbers, where `key` is or belongs.
 
@@ -118,7 +118,7 @@ def _find(key, table):
         slot = (slot + 1) & (len(table) - 1)
 
 
-@compiled()
+@compiled
 def table_size(capacity):
     """The power of two of which `capacity` keys fill two thirds or less."""
     size = 1 << 10
@@ -127,7 +127,7 @@ def table_size(capacity):
     return size
 
 
-@compiled()
+@compiled
 def _grow(unique, count, room):
     """A table of the first `count` keys of `unique`, with room for as many again and for `room` more."""
     table = np.full((table_size(2 * count + room), 2), _EMPTY)
@@ -136,7 +136,7 @@ def _grow(unique, count, room):
     return table
 
 
-@compiled()
+@compiled
 def number_corners(start, stop, bands, features, scales, low, strides, parts, tables, weights, numbers, unique, runs):
     """Weights of each point in the corners of its simplex, which are numbered in the order of first touch in a band.
 
@@ -168,7 +168,7 @@ def number_corners(start, stop, bands, features, scales, low, strides, parts, ta
         end += count
 
 
-@compiled()
+@compiled
 def merge_bands(keys, runs, table, unique):
     """Number the distinct ones among the `keys` of all bands, which are in `runs` (B, 2), in order.
 
@@ -196,7 +196,7 @@ def merge_bands(keys, runs, table, unique):
     return firsts, numbers
 
 
-@compiled()
+@compiled
 def add_ring(steps, table, unique, count):
     """Add the vertices next to those that a point touches; the table and the count with them."""
     for vertex in range(count):
@@ -213,7 +213,7 @@ def add_ring(steps, table, unique, count):
     return table, count
 
 
-@compiled()
+@compiled
 def find_chains(start, stop, steps, table, unique, first_vertex, links, flags, first_links, chains, lengths):
     """For each direction from start to stop its chains of vertices one step apart, see `filter_loops.blur`.
 
@@ -242,7 +242,7 @@ def find_chains(start, stop, steps, table, unique, first_vertex, links, flags, f
         lengths[direction] = at
 
 
-@compiled()
+@compiled
 def place_rows(numbers, counts, firsts, first_vertex, num_spilled, spilled):
     """From the vertices of each band's numbers to rows: the vertex's own for its first band, else a spilled one.
 
@@ -268,7 +268,7 @@ def place_rows(numbers, counts, firsts, first_vertex, num_spilled, spilled):
     return bounds
 
 
-@compiled()
+@compiled
 def sort_by_vertex(vertices, offsets):
     """The stable order (S,) that sorts `vertices`; `offsets` (M+1,) say where each one starts."""
     places = offsets[:-1].copy()
@@ -279,7 +279,7 @@ def sort_by_vertex(vertices, offsets):
     return order
 
 
-@compiled()
+@compiled
 def renumber(start, stop, bands, first_numbers, row_of_number, num_vertices, rows):
     """From numbers in a band to rows, see `place_rows`; spilled rows stand behind the vertices'."""
     for band in range(start, stop):
@@ -290,12 +290,13 @@ def renumber(start, stop, bands, first_numbers, row_of_number, num_vertices, row
                 rows[i, c] = row if row >= 0 else num_vertices + ~row
 
 
-@compiled()
-def normalize(start, stop, rows, vertex_of_row, first_columns, table, symmetric, weights, out):
-    """Out = each point's weights divided by its norm, what it reads from `table` (R, 1 padded), kernel by kernel.
+@compiled
+def normalize(start, stop, maps, first_columns, table, symmetric, out):
+    """Out = each point's slice weights divided by its norm, what it reads from `table` (R, 1 padded), kernel by kernel.
 
-    With `symmetric` by its square root. `out` may be `weights`.
+    With `symmetric` by its square root. `out` may be those weights.
     """
+    rows, vertex_of_row, weights = maps.rows, maps.vertex_of_row, maps.slice_weights
     step, num_corners = table.shape[1], rows.shape[1]
     one = weights.dtype.type(1)
     for corner in range(start * num_corners, stop * num_corners, num_corners):
@@ -307,27 +308,3 @@ def normalize(start, stop, rows, vertex_of_row, first_columns, table, symmetric,
             factor = one / (np.sqrt(norm) if symmetric else norm)
             for k in range(first, last):
                 set_element(out, k, element(weights, k) * factor)
-
-
-@compiled(parallel=True)
-def parallel_number_corners(bounds, *arguments):
-    for part in prange(len(bounds) - 1):
-        number_corners(bounds[part], bounds[part + 1], *arguments)
-
-
-@compiled(parallel=True)
-def parallel_find_chains(bounds, *arguments):
-    for part in prange(len(bounds) - 1):
-        find_chains(bounds[part], bounds[part + 1], *arguments)
-
-
-@compiled(parallel=True)
-def parallel_renumber(bounds, *arguments):
-    for part in prange(len(bounds) - 1):
-        renumber(bounds[part], bounds[part + 1], *arguments)
-
-
-@compiled(parallel=True)
-def parallel_normalize(bounds, *arguments):
-    for part in prange(len(bounds) - 1):
-        normalize(bounds[part], bounds[part + 1], *arguments)

@@ -10,20 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import extending, njit, types
+from numba import extending, types
 from numba.core import cgutils
 
 intrinsic: Any = extending.intrinsic  # its type says nothing of the function it makes
 LANES = 8
 _FLAGS = ("contract", "nnan", "ninf", "nsz")
-
-
-def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Numba's compiler, with its cache on disk.
-
-    It looks at the file of the function alone: after a change here delete the `*.nbi` of the files that use this one.
-    """
-    return njit(nogil=True, cache=True, **options)
 
 
 class Vector(types.Type):
