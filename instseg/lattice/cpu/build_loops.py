@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from instseg.lattice.cpu.compile import compiled
@@ -10,6 +12,56 @@ from instseg.lattice.cpu.simd import element, prefetch, set_element
 _EMPTY = np.int64(-1)  # keys are not negative
 _AHEAD = 16  # keys by which memory is asked for in advance
 _BLOCK = 128  # points that a loop carries through all its steps in the first-level cache
+
+
+class Points(NamedTuple):
+    """N points, and how to embed them.
+
+    Attributes:
+        features: (N, C).
+        scales: (C,), see `embedding.deviations`.
+        low: (C,) int64, see `embedding.key_layout`, as for the strides.
+        strides: (C,) int64.
+    """
+
+    features: np.ndarray
+    scales: np.ndarray
+    low: np.ndarray
+    strides: np.ndarray
+
+
+class Corners(NamedTuple):
+    """The corners of the points' simplices, which `number_corners` fills in.
+
+    Attributes:
+        weights: (N, C+1), of each point in the corners of its simplex.
+        numbers: (N, C+1) int32, the corners' numbers in the order of first touch in a band.
+        unique: (N * (C+1),) int64, the distinct keys of each band; the rest is undefined.
+        runs: (B, 2) int64, from where to where each band's are.
+    """
+
+    weights: np.ndarray
+    numbers: np.ndarray
+    unique: np.ndarray
+    runs: np.ndarray
+
+
+class Chains(NamedTuple):
+    """What `find_chains` fills in for each of the C+1 directions among M vertices, and its scratch.
+
+    Attributes:
+        chains: (C+1, M) int32, see `blur_loops.blur`.
+        lengths: (C+1,) int64, how many vertices are in them.
+        links: (C+1, M) int32 scratch, the vertex after each one, or -1.
+        starts: (C+1, M+1) bool scratch, whether none comes before a vertex; the first is of no vertex.
+        firsts: (C+1, M) int32 scratch, the first vertex of each chain.
+    """
+
+    chains: np.ndarray
+    lengths: np.ndarray
+    links: np.ndarray
+    starts: np.ndarray
+    firsts: np.ndarray
 
 
 @compiled
@@ -28,11 +80,12 @@ def _new_buffers(num_corners, dtype):
 
 
 @compiled
-def _embed(first, n, features, scales, low, strides, buffers, weights, keys):
+def _embed(first, n, points, buffers, weights, keys):
     """Barycentric coordinates of n points, and one key for each corner of their simplices; `torch_backend` says how.
 
     The same operations on a block of points at a time, so that they vectorise; the arithmetic is not reassociated.
     """
+    features, scales, low, strides = points
     elevated, residual, base, total, rank, surplus, key = buffers
     num_features = features.shape[1]
     num_corners = num_features + 1
@@ -137,14 +190,14 @@ def _grow(unique, count, room):
 
 
 @compiled
-def number_corners(start, stop, bands, features, scales, low, strides, parts, tables, weights, numbers, unique, runs):
-    """Weights of each point in the corners of its simplex, which are numbered in the order of first touch in a band.
+def number_corners(start, stop, bands, points, corners, parts, tables):
+    """Fill in the `corners` of the bands from start to stop.
 
-    `unique` receives the distinct keys of each band in `runs` (B, 2), from where to where. Both it and the `tables`,
-    one for each of the `parts`, are the caller's: memory that a thread gets and returns is slow.
+    The `tables`, one for each of the `parts`, are the caller's: memory that a thread gets and returns is slow.
     """
-    num_corners = features.shape[1] + 1
-    buffers = _new_buffers(num_corners, features.dtype)
+    weights, numbers, unique, runs = corners
+    num_corners = weights.shape[1]
+    buffers = _new_buffers(num_corners, weights.dtype)
     keys = np.empty((_BLOCK, num_corners), np.int64)
     table, end = tables[np.searchsorted(parts, start)], bands[start] * num_corners
     for band in range(start, stop):
@@ -152,7 +205,7 @@ def number_corners(start, stop, bands, features, scales, low, strides, parts, ta
         table[:] = _EMPTY
         for first in range(bands[band], bands[band + 1], _BLOCK):
             n = min(_BLOCK, bands[band + 1] - first)
-            _embed(first, n, features, scales, low, strides, buffers, weights, keys)
+            _embed(first, n, points, buffers, weights, keys)
             for p in range(n):
                 for c in range(num_corners):
                     key = keys[p, c]
@@ -214,13 +267,10 @@ def add_ring(steps, table, unique, count):
 
 
 @compiled
-def find_chains(start, stop, steps, table, unique, first_vertex, links, flags, first_links, chains, lengths):
-    """For each direction from start to stop its chains of vertices one step apart, see `filter_loops.blur`.
-
-    `chains` (C+1, M) receives them and `lengths` (C+1,) how many vertices are in them; the rest is scratch.
-    """
-    count = chains.shape[1]
-    after, starts, firsts = links[start], flags[start], first_links[start]  # the first of the flags is of no vertex
+def find_chains(start, stop, steps, table, unique, first_vertex, found):
+    """For each direction from start to stop its chains of vertices one step apart."""
+    chains, count = found.chains, found.chains.shape[1]
+    after, starts, firsts = found.links[start], found.starts[start], found.firsts[start]
     for direction in range(start, stop):
         starts[:] = True
         for vertex in range(count):
@@ -239,7 +289,7 @@ def find_chains(start, stop, steps, table, unique, first_vertex, links, flags, f
                 at += 1
                 link = after[link]
             chains[direction, at - 1] = ~chains[direction, at - 1]
-        lengths[direction] = at
+        found.lengths[direction] = at
 
 
 @compiled

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import llvmlite
 import numba
@@ -65,18 +65,18 @@ class _Locator(caching._CacheLocator):
         del py_file
         return cls(py_func)
 
-    def get_cache_path(self) -> str:
+    def get_cache_path(self) -> Any:
         return str(cache_folder())
 
-    def get_source_stamp(self) -> str:
+    def get_source_stamp(self) -> Any:
         return cache_folder().name
 
-    def get_disambiguator(self) -> str:
+    def get_disambiguator(self) -> Any:
         return str(self._line)
 
 
 class _Implementation(caching.CompileResultCacheImpl):
-    _locator_classes = [_Locator]
+    _locator_classes: ClassVar[list[Any]] = [_Locator]
 
 
 class _Cache(caching.FunctionCache):
