@@ -1,17 +1,31 @@
-"""Complete typed configurations. Units are in the comments; cross-field checks in `__post_init__`."""
+"""Complete typed configurations. Units are in the comments; checks of ranges and across fields in `__post_init__`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from instseg.checks import fields_as_declared, non_negative, positive, unit_interval
+
 Accuracy = Literal["fast", "ring", "exact"]
 Normalization = Literal["after", "symmetric", "none"]
+DetectionForm = Literal["decoupled", "tied"]
+ValidityUnary = Literal["logit", "linear"]
+Background = Literal["rescored", "literal"]
+Score = Literal["validity", "mask"]
+InstanceLoss = Literal["iou", "log"]
 MatchingRule = Literal["sds", "authors", "voc07"]
 
 
+class _Checked:
+    """A record whose numbers are finite and whose choices exist."""
+
+    def __post_init__(self) -> None:
+        fields_as_declared(self)
+
+
 @dataclass(frozen=True)
-class KernelConfig:
+class KernelConfig(_Checked):
     """The Gaussian kernels of the pairwise term (paper 3.1)."""
 
     theta_alpha: float = 49.0  # bilateral, pixels
@@ -23,30 +37,32 @@ class KernelConfig:
     accuracy: Accuracy = "fast"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("theta_alpha", "theta_beta", "theta_gamma"):
-            _positive(name, getattr(self, name))
+            positive(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
-class SemanticCrfConfig:
+class SemanticCrfConfig(_Checked):
     """The higher-order semantic CRF (paper 3.2). Weights are the values that training starts from."""
 
     kernels: KernelConfig = field(default_factory=KernelConfig)
     spatial_weight: float = 1.0
     bilateral_weight: float = 3.0
     # "decoupled": w_x moves pixels and w_y moves Y; "tied": the literal Eq. 2, where w_y serves as its one weight w.
-    detection_form: Literal["decoupled", "tied"] = "decoupled"
+    detection_form: DetectionForm = "decoupled"
     detection_weight_x: float = 2.0
     detection_weight_y: float = 8.0
-    validity_unary: Literal["logit", "linear"] = "logit"
+    validity_unary: ValidityUnary = "logit"
     num_iterations: int = 5  # 0 leaves the network's probabilities and the detector's scores as they are
 
     def __post_init__(self) -> None:
-        _non_negative("num_iterations", self.num_iterations)
+        super().__post_init__()
+        non_negative("num_iterations", self.num_iterations)
 
 
 @dataclass(frozen=True)
-class InstanceCrfConfig:
+class InstanceCrfConfig(_Checked):
     """The instance CRF (paper 3.3, Eq. 5): class-agnostic, Potts."""
 
     kernels: KernelConfig = field(default_factory=KernelConfig)
@@ -55,23 +71,24 @@ class InstanceCrfConfig:
     num_iterations: int = 3
 
     def __post_init__(self) -> None:
-        _non_negative("num_iterations", self.num_iterations)
+        super().__post_init__()
+        non_negative("num_iterations", self.num_iterations)
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Checked):
     """The network of Figure 2."""
 
     semantic: str = "logits"  # "logits" (precomputed), "fcn8s", or a torchvision segmentation model by name
     semantic_weights: str | None = None  # "fcn8s": safetensors of VGG-16; torchvision: "default"; unset: random
     semantic_crf: SemanticCrfConfig = field(default_factory=SemanticCrfConfig)
     instance_crf: InstanceCrfConfig = field(default_factory=InstanceCrfConfig)
-    background: Literal["rescored", "literal"] = "rescored"  # channel d0 inside boxes, ALGORITHM section 4
-    score: Literal["validity", "mask"] = "validity"  # what instances are ranked by, ALGORITHM section 6
+    background: Background = "rescored"  # channel d0 inside boxes, ALGORITHM section 4
+    score: Score = "validity"  # what instances are ranked by, ALGORITHM section 6
 
 
 @dataclass(frozen=True)
-class Ablation:
+class Ablation(_Checked):
     """Which parts of the method take part: all of them, unless told otherwise."""
 
     detection_potentials: bool = True  # psi_d of Eq. 2
@@ -84,7 +101,7 @@ FULL = Ablation()
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
+class PrepareConfig(_Checked):
     """workflows/prepare.py: a VOC devkit and the outputs of two networks become Parquet shards."""
 
     devkit: str  # a folder with JPEGImages/ SegmentationClass/ SegmentationObject/ ImageSets/Segmentation/
@@ -99,14 +116,15 @@ class PrepareConfig:
     max_quarantined: float = 0.01  # share of images; above it the job fails
 
     def __post_init__(self) -> None:
-        _unit_interval("min_score", self.min_score)
-        _unit_interval("max_quarantined", self.max_quarantined)
-        _positive("shard_size", self.shard_size)
-        _positive("grabcut_iterations", self.grabcut_iterations)
+        super().__post_init__()
+        unit_interval("min_score", self.min_score)
+        unit_interval("max_quarantined", self.max_quarantined)
+        positive("shard_size", self.shard_size)
+        positive("grabcut_iterations", self.grabcut_iterations)
 
 
 @dataclass(frozen=True)
-class TrackingConfig:
+class TrackingConfig(_Checked):
     """Where MLflow records runs."""
 
     uri: str | None = None  # default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current directory
@@ -114,7 +132,7 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Checked):
     """workflows/train.py."""
 
     data: str  # directory that prepare.py wrote
@@ -131,22 +149,23 @@ class TrainConfig:
     learning_rate_schedule: Literal["cosine", "constant"] = "cosine"  # cosine falls to 0 at the last step
     semantic_loss_weight: float = 0.1
     instance_loss_weight: float = 1.0
-    instance_loss: Literal["iou", "log"] = "iou"  # a mean over matched instances, or the cross-entropy over pixels
+    instance_loss: InstanceLoss = "iou"  # a mean over matched instances, or the cross-entropy over pixels
     probability_floor: float = 0.2  # no pixel costs more than -log of it, in nats; 0 is the plain log-loss
     seed: int = 0
     max_failures: int = 2  # worker failures that a run survives, each from its latest checkpoint
     keep_checkpoints: int = 3  # the latest ones; with FCN-8s each takes 1.6 GB
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("num_workers", "cpus_per_worker", "num_epochs", "keep_checkpoints"):
-            _positive(name, getattr(self, name))
-        _unit_interval("probability_floor", self.probability_floor)
+            positive(name, getattr(self, name))
+        unit_interval("probability_floor", self.probability_floor)
         for name in ("learning_rate_crf", "learning_rate_compatibility", "learning_rate_network", "max_failures"):
-            _non_negative(name, getattr(self, name))
+            non_negative(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
-class AblateConfig:
+class AblateConfig(_Checked):
     """workflows/ablate.py: the rows of the paper's Table 1, and two below them."""
 
     data: str
@@ -160,9 +179,10 @@ class AblateConfig:
     num_figures: int = 6  # rows of the figure-3 panel
 
     def __post_init__(self) -> None:
-        _non_negative("num_figures", self.num_figures)
+        super().__post_init__()
+        non_negative("num_figures", self.num_figures)
         if self.num_actors is not None:
-            _positive("num_actors", self.num_actors)
+            positive("num_actors", self.num_actors)
 
 
 @dataclass(frozen=True)
@@ -170,18 +190,3 @@ class EvaluateConfig(AblateConfig):
     """workflows/evaluate.py: one network, or what an ablation leaves of it."""
 
     ablation: Ablation = FULL
-
-
-def _positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name}: expected a value > 0, got {value}")
-
-
-def _non_negative(name: str, value: float) -> None:
-    if value < 0:
-        raise ValueError(f"{name}: expected a value >= 0, got {value}")
-
-
-def _unit_interval(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a value in [0, 1], got {value}")

@@ -13,16 +13,18 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 MODULES = sorted((REPOSITORY / "instseg").rglob("*.py"))
 # What each part may import of the others. Every file of the package is in one of them.
 LAYERS = {
-    "structures.py": set(),
-    "config.py": set(),
+    "checks.py": set(),
+    "shapes.py": set(),
+    "structures.py": {"checks"},
+    "config.py": {"checks"},
     "recipes.py": {"config"},
     "__init__.py": {"config", "structures", "crf", "models"},  # the public names
-    "lattice": {"config"},
-    "crf": {"config", "lattice"},
+    "lattice": {"checks", "shapes", "config"},
+    "crf": {"checks", "shapes", "config", "lattice"},
     "data": {"config", "structures"},
-    "models": {"config", "structures", "crf", "data"},
-    "training": {"config", "structures", "crf", "models"},
-    "evaluation": {"config", "structures"},
+    "models": {"checks", "shapes", "config", "structures", "crf", "data"},
+    "training": {"checks", "config", "structures", "crf", "models"},
+    "evaluation": {"checks", "shapes", "config", "structures"},
     "report": {"config", "structures", "evaluation"},
     "jobs": {"config", "structures", "recipes", "crf", "data", "models", "training", "evaluation", "report"},
 }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
+
+from instseg.checks import choice, require
+from instseg.config import DetectionForm, ValidityUnary
 
 MAX_SCORE = 1.0 - 1e-4  # a score of 1 would make Y_d certain for ever
 
@@ -26,6 +28,9 @@ class DetectionPotential:
         weight_y: (L,) class-specific weight of the Y update; in the `tied` form the one weight of both.
         form: Which of the two forms.
         unary: `logit`: logit q1 starts at logit(s); `linear`: at 2s - 1.
+
+    Raises:
+        ValueError: If there is no such form or unary.
     """
 
     labels: Tensor
@@ -33,8 +38,12 @@ class DetectionPotential:
     foregrounds: Tensor
     weight_x: Tensor
     weight_y: Tensor
-    form: Literal["decoupled", "tied"] = "decoupled"
-    unary: Literal["logit", "linear"] = "logit"
+    form: DetectionForm = "decoupled"
+    unary: ValidityUnary = "logit"
+
+    def __post_init__(self) -> None:
+        choice("form", self.form, DetectionForm)
+        choice("unary", self.unary, ValidityUnary)
 
     @property
     def initial_validity(self) -> Tensor:
@@ -71,7 +80,12 @@ class DetectionPotential:
         return self.unary_logit + self._kappa(self.weight_y) * (2.0 * agreement - self.foregrounds.sum(1))
 
     def expected_energy(self, q: Tensor, validity: Tensor) -> Tensor:
-        """E_Q of Eq. 2 summed over detections, `tied` form: the free energy's higher-order term."""
+        """E_Q of Eq. 2 summed over detections: the free energy's higher-order term.
+
+        Raises:
+            ValueError: If the form is not `tied`: the updates of the other descend no common energy.
+        """
+        require(self.form == "tied", "form", "'tied', whose updates descend this energy", repr(self.form))
         agreement = self._agreement(q)
         disagreement = self.foregrounds.sum(1) - agreement
         return (self._kappa(self.weight_y) * ((1.0 - validity) * agreement + validity * disagreement)).sum()

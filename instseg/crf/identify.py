@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
+
+from instseg.checks import choice
+from instseg.config import Background
 
 EPSILON = 1e-8  # a probability of 0 would be an infinite unary of the instance CRF
 
@@ -15,7 +16,7 @@ def identify(
     validity: Tensor,
     labels: Tensor,
     boxes: Tensor,
-    background: Literal["rescored", "literal"] = "rescored",
+    background: Background = "rescored",
 ) -> Tensor:
     """Log Pr(v_i = k) for the D detections and the background channel d0.
 
@@ -32,7 +33,11 @@ def identify(
 
     Returns:
         (N, D+1) log probabilities, channel 0 the background.
+
+    Raises:
+        ValueError: If there is no such form of d0.
     """
+    choice("background", background, Background)
     inside = boxes.T.to(q.dtype)
     instances = q[:, labels] * validity * inside
     outside = (~boxes.any(0)).to(q.dtype)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
+from instseg.checks import non_negative
 from instseg.crf.detection import DetectionPotential
 from instseg.crf.pairwise import Kernels
 from instseg.lattice import softmax
@@ -69,7 +70,11 @@ def mean_field(
         pairwise: The pairwise term.
         detections: The detection potentials, or None.
         num_iterations: T.
+
+    Raises:
+        ValueError: If `num_iterations` is negative.
     """
+    non_negative("num_iterations", num_iterations)
     validity = None if detections is None else detections.initial_validity
     if num_iterations == 0:
         return MeanFieldState(unary, validity)
@@ -102,10 +107,13 @@ def _without_pairwise(
 def free_energy(
     state: MeanFieldState, unary: Tensor, pairwise: PairwiseTerm, detections: DetectionPotential | None = None
 ) -> Tensor:
-    """E_Q[E] - H(Q) in nats (tied detections): KL(Q || P) up to -log Z, so what mean-field inference minimises.
+    """E_Q[E] - H(Q) in nats: KL(Q || P) up to -log Z, so what mean-field inference minimises.
 
     The pairwise term counts each unordered pair once, which holds for symmetric kernels and compatibilities; the self
     term of the lattice counts half.
+
+    Raises:
+        ValueError: If the detections are not of the `tied` form, which alone has an energy.
     """
     q = state.q
     total = (q * (unary + 0.5 * pairwise.message(q) + state.log_q)).sum()

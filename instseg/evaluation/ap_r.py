@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from instseg.checks import choice
 from instseg.config import MatchingRule
 from instseg.evaluation.semantic import confusion_matrix
 from instseg.structures import InstanceMap, Sample
@@ -131,8 +132,9 @@ def ap_r(records: Iterable[ImageRecord], num_labels: int, rule: MatchingRule = "
         rule: Matching and area.
 
     Raises:
-        ValueError: If an image occurs twice.
+        ValueError: If an image occurs twice, or there is no such rule.
     """
+    choice("rule", rule, MatchingRule)
     records = sorted(records, key=lambda record: record.image_id)
     for first, second in pairwise(records):
         if first.image_id == second.image_id:

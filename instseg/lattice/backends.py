@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from instseg.checks import choice
 from instseg.config import Normalization
 from instseg.lattice.embedding import check_features
 from instseg.lattice.operator import Lattice
@@ -71,9 +72,10 @@ def build_lattice(
         lengths: The numbers of points of several images, in order; no vertex is shared between them.
 
     Raises:
-        ValueError: If features are not finite, there are no points, or they spread so far that a lattice coordinate
-            overflows its 64-bit key.
+        ValueError: If there is no such normalisation, features are not finite, there are no points, or they spread so
+            far that a lattice coordinate overflows its 64-bit key.
     """
+    choice("normalization", normalization, Normalization)
     for kernel in features:
         check_features(kernel)
     lengths = list(lengths or [len(features[0])])

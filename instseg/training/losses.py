@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from instseg.checks import choice
+from instseg.config import InstanceLoss
 from instseg.structures import BACKGROUND, IGNORE_LABEL
 
 _VOID = -1
@@ -83,7 +84,7 @@ def instance_loss(
     labels: np.ndarray,
     instances: np.ndarray | None,
     instance_labels: np.ndarray,
-    kind: Literal["iou", "log"] = "log",
+    kind: InstanceLoss = "log",
     probability_floor: float = 0.0,
 ) -> Tensor:
     """Distance of the instance CRF from the ground truth renamed after its matched detections.
@@ -100,7 +101,11 @@ def instance_loss(
 
     Returns:
         Scalar, in nats per pixel with `log`, in 0..1 with `iou`.
+
+    Raises:
+        ValueError: If there is no such kind.
     """
+    choice("kind", kind, InstanceLoss)
     if instances is None:
         instances = np.full(log_q.shape[1:], _VOID)
     predicted = log_q.detach().argmax(0).cpu().numpy()

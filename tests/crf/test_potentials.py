@@ -132,6 +132,29 @@ def test_free_energy_is_kl_up_to_the_partition_function(problem, unary_form):
     torch.testing.assert_close(got, expected - offset, rtol=0, atol=1e-12)
 
 
+def test_the_decoupled_form_has_no_free_energy(problem):
+    unary, _, _, q, validity = problem
+    with pytest.raises(ValueError, match=r"form: expected 'tied', .* got 'decoupled'"):
+        free_energy(MeanFieldState(-q.log(), validity), unary, pairwise(problem), potential("decoupled"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"form": "tide"}, r"form: expected one of decoupled, tied, got 'tide'; did you mean 'tied'\?"),
+        ({"unary": "logits"}, r"unary: expected one of logit, linear, got 'logits'; did you mean 'logit'\?"),
+    ],
+)
+def test_unknown_forms_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        potential(**arguments)
+
+
+def test_a_negative_number_of_iterations_is_refused(problem):
+    with pytest.raises(ValueError, match="num_iterations: expected a value >= 0, got -3"):
+        mean_field(problem[0], pairwise(problem), potential(), num_iterations=-3)
+
+
 def test_decoupled_form_weights_pixels_and_y_apart(problem):
     """Pixels move by w_x s_d without 1/|F_d|, Y by w_y s_d / |F_d|: tied potentials with other weights."""
     _, _, _, q, validity = problem

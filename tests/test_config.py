@@ -1,0 +1,87 @@
+"""Every configuration refuses a choice that does not exist and a number that is none."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, Literal, get_origin, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+
+from instseg import config
+from instseg.config import InstanceCrfConfig, KernelConfig, ModelConfig, SemanticCrfConfig, TrainConfig
+from instseg.crf import HigherOrderCRF, InstanceCRF
+
+CONFIGS = [c for c in vars(config).values() if isinstance(c, type) and is_dataclass(c)]
+FIELDS = [(kind, field.name, get_type_hints(kind)[field.name]) for kind in CONFIGS for field in fields(kind)]
+CHOICES = [(kind, name) for kind, name, hint in FIELDS if get_origin(hint) is Literal]
+FLOATS = [(kind, name) for kind, name, hint in FIELDS if hint is float]
+INTEGERS = [(kind, name) for kind, name, hint in FIELDS if hint in (int, int | None)]
+
+
+def build(kind: type, **values: Any) -> Any:
+    required = {"devkit", "split", "detections", "data", "out"}
+    return kind(**{field.name: "-" for field in fields(kind) if field.name in required} | values)
+
+
+def test_the_fields_are_found():
+    assert {name for _, name in CHOICES} >= {
+        "normalization", "accuracy", "background", "score", "detection_form", "validity_unary",
+        "learning_rate_schedule", "instance_loss",
+    }  # fmt: skip
+    assert len(FLOATS) > 10
+    assert len(INTEGERS) > 10
+
+
+@pytest.mark.parametrize(("kind", "name"), CHOICES)
+def test_a_choice_that_does_not_exist_is_refused(kind, name):
+    with pytest.raises(ValueError, match=rf"^{name}: expected one of .*, got 'nonesuch'; did you mean"):
+        build(kind, **{name: "nonesuch"})
+
+
+def test_the_nearest_choice_is_suggested():
+    with pytest.raises(ValueError, match=r"normalization: .* got 'symetric'; did you mean 'symmetric'\?"):
+        KernelConfig(normalization="symetric")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"accuracy: .* got 'exakt'; did you mean 'exact'\?"):
+        KernelConfig(accuracy="exakt")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "1", None, True])
+@pytest.mark.parametrize(("kind", "name"), FLOATS)
+def test_a_number_that_is_none_is_refused(kind, name, value):
+    with pytest.raises(ValueError, match=rf"^{name}: expected a finite number, got"):
+        build(kind, **{name: value})
+
+
+@pytest.mark.parametrize("value", [1.5, math.nan, "1", True])
+@pytest.mark.parametrize(("kind", "name"), INTEGERS)
+def test_a_count_that_is_no_integer_is_refused(kind, name, value):
+    with pytest.raises(ValueError, match=rf"^{name}: expected an integer, got"):
+        build(kind, **{name: value})
+
+
+@pytest.mark.parametrize("kind", [SemanticCrfConfig, InstanceCrfConfig])
+def test_negative_iterations_are_refused(kind):
+    with pytest.raises(ValueError, match="num_iterations: expected a value >= 0, got -3"):
+        kind(num_iterations=-3)
+
+
+def test_whole_numbers_are_weights_too():
+    weights = dict.fromkeys(("spatial_weight", "bilateral_weight", "detection_weight_x", "detection_weight_y"), 8)
+    crf = HigherOrderCRF(3, SemanticCrfConfig(**weights))
+    assert {parameter.dtype for parameter in crf.parameters()} == {torch.float32}
+    assert InstanceCRF(InstanceCrfConfig(spatial_weight=2)).spatial_weight.item() == 2.0
+    assert type(build(KernelConfig, theta_beta=np.float32(3)).theta_beta) is float  # JSON and equality know no other
+
+
+def test_a_truth_value_is_one():
+    with pytest.raises(ValueError, match="validity: expected True or False, got 'no'"):
+        config.Ablation(validity="no")  # pyright: ignore[reportArgumentType]
+
+
+def test_defaults_pass_their_own_checks():
+    for kind in CONFIGS:
+        assert build(kind) == build(kind)
+    assert asdict(TrainConfig("data", "out"))["model"] == asdict(ModelConfig())
