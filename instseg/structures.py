@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from instseg.checks import array, require
+
 BACKGROUND = 0
 IGNORE_LABEL = 255
 
@@ -16,6 +18,8 @@ IGNORE_LABEL = 255
 @dataclass(frozen=True, eq=False)
 class Detections:
     """The D object detections of one image: (l_d, s_d, B_d, F_d) of paper section 3.2. D may be 0.
+
+    Lists, and arrays of other dtypes and byte orders, become what stands below.
 
     Attributes:
         labels: (D,) int64, class l_d in 1..K.
@@ -34,17 +38,19 @@ class Detections:
     foregrounds: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        num = len(self.labels)
-        _require(self.labels.shape == (num,), "labels", "shape (D,)", self.labels.shape)
-        _require(np.issubdtype(self.labels.dtype, np.integer), "labels", "integers", self.labels.dtype)
-        _require(self.scores.shape == (num,), "scores", f"shape ({num},) as labels", self.scores.shape)
-        _require(self.boxes.shape == (num, 4), "boxes", f"shape ({num}, 4)", self.boxes.shape)
+        labels = array("labels", self.labels, "integers (D,)")
+        num = labels.size
+        require(labels.shape == (num,), "labels", "shape (D,)", labels.shape)
+        require(labels.dtype.kind in "ui" or num == 0, "labels", "integers", labels.dtype)  # an empty list has floats
+        scores = array("scores", self.scores, f"numbers ({num},)", np.float32)
+        require(scores.shape == (num,), "scores", f"shape ({num},) as labels", scores.shape)
+        boxes = array("boxes", self.boxes, f"numbers ({num}, 4)", np.float32)
+        boxes = boxes.reshape(-1, 4) if boxes.size == 0 else boxes
+        require(boxes.shape == (num, 4), "boxes", f"shape ({num}, 4)", boxes.shape)
         for index in range(num):
-            _check_detection(index, int(self.labels[index]), float(self.scores[index]), self.boxes[index])
-        if self.foregrounds is not None:
-            _require(self.foregrounds.dtype == np.bool_, "foregrounds", "dtype bool", self.foregrounds.dtype)
-            shape_ok = self.foregrounds.ndim == 3 and len(self.foregrounds) == num
-            _require(shape_ok, "foregrounds", f"shape ({num}, H, W)", self.foregrounds.shape)
+            _check_detection(index, int(labels[index]), float(scores[index]), boxes[index])
+        foregrounds = None if self.foregrounds is None else _checked_foregrounds(self.foregrounds, num)
+        _store(self, labels=labels.astype(np.int64, copy=False), scores=scores, boxes=boxes, foregrounds=foregrounds)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,12 +80,12 @@ class Detections:
         """
         for index, (x0, y0, x1, y1) in enumerate(self.boxes):
             inside = x0 >= 0 and y0 >= 0 and x1 <= width and y1 <= height
-            _require(inside, f"boxes[{index}]", f"inside the {width}x{height} image", (x0, y0, x1, y1))
+            require(inside, f"boxes[{index}]", f"inside the {width}x{height} image", (x0, y0, x1, y1))
             label = int(self.labels[index])
-            _require(label < num_labels, f"labels[{index}]", f"a class in 1..{num_labels - 1}", label)
+            require(label < num_labels, f"labels[{index}]", f"a class in 1..{num_labels - 1}", label)
         if self.foregrounds is not None:
             size = self.foregrounds.shape[1:]
-            _require(size == (height, width), "foregrounds", f"image size {(height, width)}", size)
+            require(size == (height, width), "foregrounds", f"image size {(height, width)}", size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,12 +112,17 @@ class Sample:
     logits: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        _require(self.image.dtype == np.uint8, "image", "dtype uint8", self.image.dtype)
-        _require(self.image.ndim == 3 and self.image.shape[2] == 3, "image", "shape (H, W, 3)", self.image.shape)
-        size = self.image.shape[:2]
-        for name, array in (("semantic", self.semantic), ("instances", self.instances)):
-            if array is not None:
-                _require(array.shape == size, f"{self.image_id}: {name}", f"the image's size {size}", array.shape)
+        image = array("image", self.image, "(H, W, 3) uint8")
+        _store(self, image=image)
+        require(image.dtype == np.uint8, "image", "dtype uint8, RGB 0..255", image.dtype)
+        shape_ok = image.ndim == 3 and image.shape[2] == 3 and image.size > 0
+        require(shape_ok, "image", "shape (H, W, 3) with H, W >= 1", image.shape)
+        for name in ("semantic", "instances"):
+            if (value := getattr(self, name)) is not None:
+                plane = array(f"{self.image_id}: {name}", value, "integers (H, W)")
+                size_ok = plane.shape == image.shape[:2]
+                require(size_ok, f"{self.image_id}: {name}", f"the image's size {image.shape[:2]}", plane.shape)
+                _store(self, **{name: plane})
 
     @property
     def known_instances(self) -> np.ndarray | None:
@@ -155,11 +166,19 @@ def box_to_slices(box: np.ndarray, height: int, width: int) -> tuple[slice, slic
     return slice(y0, max(min(y1, height), y0 + 1)), slice(x0, max(min(x1, width), x0 + 1))
 
 
+def _checked_foregrounds(value: np.ndarray, num: int) -> np.ndarray:
+    foregrounds = array("foregrounds", value, f"truth values ({num}, H, W)")
+    require(foregrounds.dtype == np.bool_, "foregrounds", "dtype bool", foregrounds.dtype)
+    shape_ok = foregrounds.ndim == 3 and len(foregrounds) == num
+    require(shape_ok, "foregrounds", f"shape ({num}, H, W)", foregrounds.shape)
+    return foregrounds
+
+
 def _check_detection(index: int, label: int, score: float, box: np.ndarray) -> None:
-    _require(label >= 1, f"labels[{index}]", "a foreground class, 1 or more (0 is background)", label)
-    _require(0.0 < score <= 1.0, f"scores[{index}]", "a confidence in (0, 1]", score)
+    require(label >= 1, f"labels[{index}]", "a foreground class, 1 or more (0 is background)", label)
+    require(0.0 < score <= 1.0, f"scores[{index}]", "a confidence in (0, 1]", score)
     finite = bool(np.isfinite(box).all())
-    _require(
+    require(
         finite and box[0] < box[2] and box[1] < box[3],
         f"boxes[{index}]",
         "finite x0 < x1, y0 < y1",
@@ -167,6 +186,6 @@ def _check_detection(index: int, label: int, score: float, box: np.ndarray) -> N
     )
 
 
-def _require(condition: bool, name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {got}")
+def _store(record: Detections | Sample, **values: np.ndarray | None) -> None:
+    for name, value in values.items():
+        object.__setattr__(record, name, value)  # past the frozen record's own guard

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from instseg.structures import Detections, Sample, box_to_slices
 
@@ -37,6 +38,53 @@ def test_detections_refuse_what_does_not_fit_the_image():
 def test_sample_refuses_a_mask_of_another_size():
     with pytest.raises(ValueError, match=r"a: semantic: expected the image's size \(4, 5\), got \(4, 4\)"):
         Sample("a", np.zeros((4, 5, 3), np.uint8), Detections.empty(4, 5), np.zeros((4, 4), np.uint8))
+
+
+def test_what_numpy_reads_becomes_the_declared_dtypes():
+    """Lists, other byte orders and dtypes, read-only views with negative strides."""
+    boxes = np.array([[1, 2, 5, 6], [0, 0, 3, 3]], ">f8")[::-1]
+    boxes.flags.writeable = False
+    found = Detections([1, 2], [0.5, 1], boxes, np.zeros((2, 9, 9), bool)[:, ::-1])  # pyright: ignore[reportArgumentType]
+    assert [found.labels.dtype, found.scores.dtype, found.boxes.dtype] == [np.int64, np.float32, np.float32]
+    assert found.boxes.tolist() == [[0, 0, 3, 3], [1, 2, 5, 6]]
+    assert len(Detections([], [], [])) == 0  # pyright: ignore[reportArgumentType]
+    image = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+    sample = Sample("a", image[:, ::-1], found, semantic=np.zeros((4, 5), np.uint8)[::-1])
+    np.testing.assert_array_equal(sample.image, image[:, ::-1])
+    for array in (sample.image, sample.semantic, found.boxes, found.foregrounds):
+        torch.from_numpy(array)  # takes no negative strides, and warns of what is read-only
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": None}, r"labels: expected integers \(D,\), got None"),
+        ({"labels": [1.0, 2.0]}, "labels: expected integers, got float64"),
+        ({"labels": [[1], [2, 3]]}, r"labels: expected integers \(D,\), got list \("),
+        ({"scores": ["high", "low"]}, r"scores: expected numbers \(2,\), got list of dtype <U4"),
+        ({"scores": np.array([1e-50, 0.5])}, r"scores\[0\]: expected a confidence in \(0, 1\], got 0.0"),
+        ({"boxes": torch.zeros(2, 4).requires_grad_()}, r"boxes: expected numbers \(2, 4\), got Tensor \(Can't call"),
+        ({"boxes": np.array([[499.99999, 10, 500, 20], [0, 0, 1, 1]])}, r"boxes\[0\]: expected finite x0 < x1"),
+        ({"boxes": np.array([[0, 0, 1e300, 1], [0, 0, 1, 1]])}, r"boxes\[0\]: expected finite x0 < x1"),
+        ({"foregrounds": np.zeros((2, 3, 3), np.uint8)}, "foregrounds: expected dtype bool, got uint8"),
+    ],
+)
+def test_detections_name_what_they_cannot_use(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Detections(**{"labels": [1, 2], "scores": [0.5, 0.6], "boxes": [[0, 0, 3, 3], [1, 2, 5, 6]]} | changes)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (None, r"image: expected \(H, W, 3\) uint8, got None"),
+        (np.zeros((4, 5, 3), np.float32), "image: expected dtype uint8, RGB 0..255, got float32"),
+        (np.zeros((4, 0, 3), np.uint8), r"image: expected shape \(H, W, 3\) with H, W >= 1, got \(4, 0, 3\)"),
+    ],
+)
+def test_sample_names_an_image_that_it_cannot_use(image, message):
+    with pytest.raises(ValueError, match=message):
+        Sample("a", image, Detections.empty(4, 5))
 
 
 @pytest.mark.parametrize(
