@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,13 +16,18 @@ from instseg.crf.mean_field import PairwiseTerm, mean_field
 from instseg.crf.pairwise import build_kernels, message_matrices, potts
 from tests.oracles import DenseKernels, gaussian_kernel
 
+FOLDER = Path(__file__).parent / "golden"
 THETAS = {"p80": (80.0, 13.0, 3.0), "p160": (160.0, 3.0, 3.0)}
 NORMALIZATIONS = {"sym": "symmetric", "after": "after"}
 
 
 def golden(folder, name):
-    with np.load(folder / "golden" / name) as arrays:
+    with np.load(folder / name) as arrays:
         return {key: arrays[key] for key in arrays}
+
+
+def softmax(logits):
+    return torch.from_numpy(logits).softmax(0).numpy()
 
 
 def infer(case, theta, normalization, num_iterations):
@@ -29,11 +36,24 @@ def infer(case, theta, normalization, num_iterations):
     return crf(case["image"], case["unary_energy"])
 
 
+@pytest.mark.parametrize("normalization", ["symmetric", "after"])
+@pytest.mark.parametrize("theta", THETAS)
+@pytest.mark.parametrize("num_iterations", [1, 10])
+def test_reproduces_the_reference_library_on_a_generated_scene(theta, normalization, num_iterations):
+    """Measured 1.1e-5 at most; golden/generate.py says where the marginals come from."""
+    case = golden(FOLDER, "pydensecrf_24x32_L3.npz")
+    kernels = KernelConfig(*THETAS[theta], normalization=normalization)
+    marginals = DenseCRF(3, kernels, 3.0, 10.0, num_iterations)(case["image"], case["unary_energy"])
+    error = np.abs(marginals - case[f"{theta}_{normalization}_it{num_iterations}"]).max()
+    assert error < 4e-5
+    assert np.abs(marginals - softmax(-case["unary_energy"])).max() > 0.1, "the CRF has something to do"
+
+
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("theta", THETAS)
 @pytest.mark.parametrize("num_iterations", [1, 5, 10])
 def test_reproduces_the_reference_library(shared_data, theta, normalization, num_iterations):
-    case = golden(shared_data, "crf_60x80_L4.npz")
+    case = golden(shared_data / "golden", "crf_60x80_L4.npz")
     expected = case[f"pydensecrf_{theta}_{normalization}_it{num_iterations}"]
     assert np.abs(infer(case, theta, normalization, num_iterations) - expected).max() < 1e-4
 
@@ -41,7 +61,7 @@ def test_reproduces_the_reference_library(shared_data, theta, normalization, num
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("theta", THETAS)
 def test_reproduces_the_reference_library_with_21_labels(shared_data, theta, normalization):
-    case = golden(shared_data, "crf_120x160_L21.npz")
+    case = golden(shared_data / "golden", "crf_120x160_L21.npz")
     marginals = infer(case, theta, normalization, 10)
     expected = case[f"pydensecrf_{theta}_{normalization}_it10"].astype(np.float32)
     # the golden file holds float16 here, half of whose last place is 2.4e-4 near 1
@@ -51,7 +71,7 @@ def test_reproduces_the_reference_library_with_21_labels(shared_data, theta, nor
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("theta", THETAS)
 def test_as_close_to_exact_inference_as_the_reference_library(shared_data, theta, normalization):
-    case = golden(shared_data, "crf_60x80_L4.npz")
+    case = golden(shared_data / "golden", "crf_60x80_L4.npz")
     exact, reference = (case[f"{kind}_{theta}_{normalization}_it10"] for kind in ("exact", "pydensecrf"))
     marginals = infer(case, theta, normalization, 10)
     assert np.abs(marginals - exact).mean() < np.abs(reference - exact).mean() + 1e-6
@@ -88,6 +108,21 @@ def test_normalisations_against_dense_matrices(normalization, accuracy):
         torch.testing.assert_close(
             one_kernel(kernels, index, values), scaled[normalization] @ values, rtol=0, atol=1e-12
         )
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_exact_kernels_written_out_pixel_by_pixel(index):
+    image, _ = small_problem(3, 4)
+    config = KernelConfig(theta_alpha=2.0, theta_beta=90.0, theta_gamma=1.5, normalization="none", accuracy="exact")
+    kernels = build_kernels(torch.from_numpy(image).double(), config)
+    got = one_kernel(kernels, index, torch.eye(12, dtype=torch.float64))
+    for i in range(12):
+        for j in range(12):
+            (y, x), (other_y, other_x) = divmod(i, 4), divmod(j, 4)
+            apart = (x - other_x) ** 2 + (y - other_y) ** 2
+            colors = sum((float(a) - float(b)) ** 2 for a, b in zip(image[y, x], image[other_y, other_x], strict=True))
+            exponent = apart / 1.5**2 if index == 0 else apart / 2.0**2 + colors / 90.0**2
+            assert got[i, j].item() == pytest.approx(math.exp(-exponent / 2), abs=1e-15)
 
 
 def test_whole_inference_against_brute_force_kernels():
@@ -177,7 +212,7 @@ def test_a_ragged_batch_is_its_images(accuracy):
 
 
 def test_the_more_exact_kernels_are_closer_to_exact_inference(shared_data):
-    case = golden(shared_data, "crf_60x80_L4.npz")
+    case = golden(shared_data / "golden", "crf_60x80_L4.npz")
     exact = case["exact_p80_after_it10"]
     errors = {}
     for accuracy in ("fast", "ring", "exact"):
@@ -207,9 +242,105 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"unary: expected shape .*\(5, 12, 15\), got \(4, 12, 15\)"):
         DenseCRF(5)(image, unary)
     unary[0, 0, 0] = np.nan
-    with pytest.raises(ValueError, match="unary: expected finite"):
+    with pytest.raises(ValueError, match=r"unary: expected energies that are finite in torch\.float32"):
         DenseCRF(4)(image, unary)
     with pytest.raises(ValueError, match=r"image: expected shape \(H, W, 3\)"):
         DenseCRF(4)(image[..., :2], np.zeros_like(unary))
     with pytest.raises(ValueError, match="theta_beta: expected a value > 0, got 0"):
         KernelConfig(theta_beta=0.0)
+    with pytest.raises(ValueError, match="num_iterations: expected a value >= 0, got -3"):
+        DenseCRF(4, num_iterations=-3)
+    with pytest.raises(ValueError, match="num_labels: expected a value > 0, got 0"):
+        DenseCRF(0)
+    with pytest.raises(ValueError, match="bilateral_weight: expected a finite number, got nan"):
+        DenseCRF(4, bilateral_weight=math.nan)
+
+
+def test_energies_that_overflow_the_weights_dtype_are_refused():
+    image, unary = small_problem()
+    huge = np.full(unary.shape, 1e300)
+    with pytest.raises(ValueError, match=r"unary: expected energies that are finite in torch\.float32"):
+        DenseCRF(4)(image, huge)
+    np.testing.assert_allclose(DenseCRF(4).double()(image, huge).sum(0), 1.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: np.ascontiguousarray(a[:, ::-1])[:, ::-1],
+        lambda a: a.astype(a.dtype.newbyteorder(">")),
+        lambda a: a.tolist(),
+        lambda a: a.astype(np.longdouble),
+        np.asfortranarray,
+    ],
+    ids=["negative strides", "big-endian", "list", "long double", "fortran"],
+)
+def test_what_numpy_reads_is_used(change):
+    image, unary = small_problem()
+    expected = DenseCRF(4)(image, unary)
+    np.testing.assert_array_equal(DenseCRF(4)(change(image), change(unary)), expected)
+
+
+def test_an_image_may_be_uint16_read_only_or_a_tensor():
+    image, unary = small_problem()
+    expected = DenseCRF(4)(image, unary)
+    frozen = image.copy()
+    frozen.flags.writeable = False
+    for other in (image.astype(np.uint16), image.astype(">u2"), frozen, torch.from_numpy(image)):
+        np.testing.assert_array_equal(DenseCRF(4)(other, unary), expected)
+    sixteen = torch.from_numpy(image.astype(np.uint16))
+    np.testing.assert_array_equal(DenseCRF(4)(sixteen, torch.from_numpy(unary)).detach(), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": None}, r"image: expected numbers \(H, W, 3\), RGB 0..255, got None"),
+        ({"unary": None}, r"unary: expected numbers \(L, H, W\), got None"),
+        ({"image": "cat.jpg"}, r"image: expected numbers .* got str of dtype <U7"),
+        ({"image": [[1, 2], [3]]}, r"image: expected numbers .* got list \(setting an array element"),
+        ({"image": np.zeros((12, 15, 3), bool)}, r"image: expected numbers .* got dtype torch.bool"),
+        ({"image": np.full((12, 15, 3), 60_000, np.uint16)}, r"image: expected values in 0..255, got 60000..60000"),
+        ({"image": np.zeros((0, 15, 3), np.uint8)}, r"image: expected shape .* H, W >= 1, got \(0, 15, 3\)"),
+        ({"image": torch.zeros(3, 12, 15)}, r"image: expected shape \(H, W, 3\) .*, got \(3, 12, 15\)"),
+        ({"unary": np.zeros((4, 0, 15))}, r"unary: expected shape .*\(4, 12, 15\), got \(4, 0, 15\)"),
+        ({"unary": np.zeros((4, 12, 15), complex)}, r"unary: expected numbers .* got ndarray of dtype complex128"),
+        ({"unary": torch.zeros(4, 12, 15, device="meta")}, "unary: expected a tensor on cpu, .* got one on meta"),
+    ],
+)
+def test_input_that_cannot_be_used_is_named(change, message):
+    image, unary = small_problem()
+    arguments = {"image": image, "unary": unary} | change
+    with pytest.raises(ValueError, match=message):
+        DenseCRF(4)(**arguments)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_a_float_image_in_0_to_1_warns_once_a_call(kind):
+    image, unary = small_problem()
+    small = kind((image / 255).astype(np.float32))
+    with pytest.warns(UserWarning, match=r"image: values in 0..1, expected 0..255; multiply by 255") as caught:
+        DenseCRF(4).batch([small, small], [unary, unary])
+    assert len(caught) == 1
+    DenseCRF(4)(np.zeros_like(image, np.float32), unary)  # black is black on either scale
+
+
+def test_numpy_goes_to_the_weights_device_and_dtype_and_back(monkeypatch):
+    """A device that computes nothing shows where tensors lie; double precision shows that values are converted."""
+    image, unary = small_problem()
+    seen = []
+
+    def infer(self, images, unaries):
+        seen.extend(tensor.device.type for tensor in (*images, *unaries))
+        return [torch.zeros(tensor.shape) for tensor in unaries]
+
+    assert DenseCRF(4).double()(image, unary).dtype == np.float64
+    monkeypatch.setattr(DenseCRF, "_infer", infer)
+    assert isinstance(DenseCRF(4).to("meta")(image, unary), np.ndarray)
+    assert seen == ["meta", "meta"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_numpy_in_and_out_of_a_gpu():
+    image, unary = small_problem()
+    np.testing.assert_allclose(DenseCRF(4).cuda()(image, unary), DenseCRF(4)(image, unary), atol=1e-4)
