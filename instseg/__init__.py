@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from instseg.config import ModelConfig
     from instseg.crf import DenseCRF
-    from instseg.models.network import InstanceNetwork, segment_instances
+    from instseg.models.network import InstanceNetwork
+    from instseg.models.segment import segment_instances
     from instseg.structures import Detections, InstanceMap, Sample
 
 _MODULES = {
     "ModelConfig": "instseg.config",
     "DenseCRF": "instseg.crf",
     "InstanceNetwork": "instseg.models.network",
-    "segment_instances": "instseg.models.network",
+    "segment_instances": "instseg.models.segment",
     "Detections": "instseg.structures",
     "InstanceMap": "instseg.structures",
     "Sample": "instseg.structures",

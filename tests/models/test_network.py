@@ -1,4 +1,4 @@
-"""Figure 2 as one module: ablations, empty detections, gradients, the one-laptop API."""
+"""Figure 2 as one module: ablations, empty detections, gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from instseg import Detections, InstanceNetwork, ModelConfig, Sample, segment_instances
+from instseg import Detections, InstanceNetwork, ModelConfig, Sample
 from instseg.config import FULL, Ablation, InstanceCrfConfig, SemanticCrfConfig
 
 HEIGHT, WIDTH = 24, 32
@@ -146,19 +146,6 @@ def test_mask_score_is_the_mean_marginal():
     found = model.instance_map(output)
     mask = torch.from_numpy(found.instances == 1)
     torch.testing.assert_close(found.scores[0], output.log_q[1].exp()[mask].mean().item(), rtol=1e-5, atol=0)
-
-
-def test_segment_instances_from_probabilities_with_grabcut():
-    sample = two_squares(detections_of((1, 0.9, (3, 6, 13, 18)), (1, 0.6, (19, 6, 29, 18)), foregrounds=False))
-    probabilities = torch.from_numpy(sample.logits).float().softmax(0).numpy()
-    found = segment_instances(sample.image, probabilities, sample.detections)
-    assert found.labels.tolist() == [1, 1]
-    with pytest.raises(ValueError, match="semantic_probabilities: expected finite"):
-        segment_instances(sample.image, probabilities * np.nan, sample.detections)
-    with pytest.raises(ValueError, match=r"labels\[0\]: expected a class in 1..1, got 2"):
-        segment_instances(sample.image, probabilities[:2], detections_of((2, 0.9, (3, 6, 13, 18))))
-    with pytest.raises(ValueError, match=r"boxes\[0\]: expected inside the 32x24 image"):
-        segment_instances(sample.image, probabilities, detections_of((1, 0.9, (3, 6, 99, 18)), foregrounds=False))
 
 
 def test_missing_or_wrong_logits_name_the_image():
