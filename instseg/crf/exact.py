@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from instseg.config import Normalization
 from instseg.lattice import check_features
 from instseg.lattice.memory import total_memory
+from instseg.shapes import Float
 
 _BLOCK_ELEMENTS = 1 << 24  # entries of a kernel that are computed at a time
 _KEPT = 1 / 8  # share of the memory in which kernels are kept
@@ -27,11 +28,11 @@ class _Kernel:
         keep: Whether to compute it once for all.
     """
 
-    def __init__(self, features: Tensor, lengths: Sequence[int], keep: bool) -> None:
+    def __init__(self, features: Float[Tensor, "N C"], lengths: Sequence[int], keep: bool) -> None:
         self._features, self._lengths = features, lengths
         self._kept = list(self._compute()) if keep else None
 
-    def __matmul__(self, values: Tensor) -> Tensor:
+    def __matmul__(self, values: Float[Tensor, "N L"]) -> Float[Tensor, "N L"]:
         product = torch.empty_like(values)
         for rows, columns, block in self._kept or self._compute():
             torch.mm(block, values[columns], out=product[rows])
@@ -62,7 +63,7 @@ class ExactKernels:
     """
 
     kernels: Sequence[_Kernel]
-    scales: Sequence[tuple[Tensor, Tensor]]
+    scales: Sequence[tuple[Float[Tensor, "N 1"], Float[Tensor, "N 1"]]]
 
     @classmethod
     def build(cls, features: Sequence[Tensor], normalization: Normalization, lengths: Sequence[int]) -> ExactKernels:
@@ -82,19 +83,28 @@ class ExactKernels:
             scales.append((root, root) if normalization == "symmetric" else (one, norm.reciprocal()))
         return cls(kernels, scales)
 
-    def energy(self, q: Tensor, energy: Tensor, matrices: Tensor) -> Tensor:
+    def energy(
+        self, q: Float[Tensor, "N L"], energy: Float[Tensor, "N L"], matrices: Float[Tensor, "kernels L L"]
+    ) -> Float[Tensor, "N L"]:
         """See `Kernels.energy`."""
         for kernel, (before, after), matrix in zip(self.kernels, self.scales, matrices, strict=True):
             energy = energy + (_Filter.apply(q * before, kernel) * after) @ matrix  # pyright: ignore
         return energy
 
-    def update(self, q: Tensor, energy: Tensor, matrices: Tensor) -> Tensor:
+    def update(
+        self, q: Float[Tensor, "N L"], energy: Float[Tensor, "N L"], matrices: Float[Tensor, "kernels L L"]
+    ) -> Float[Tensor, "N L"]:
         """See `Kernels.update`."""
         return (-self.energy(q, energy, matrices)).softmax(1)
 
     def infer(
-        self, energy: Tensor, matrices: Tensor, num_iterations: int, normalize: bool, overwrite: bool = False
-    ) -> Tensor:
+        self,
+        energy: Float[Tensor, "N L"],
+        matrices: Float[Tensor, "kernels L L"],
+        num_iterations: int,
+        normalize: bool,
+        overwrite: bool = False,
+    ) -> Float[Tensor, "N L"]:
         """See `Kernels.infer`."""
         del overwrite
         q = (-energy).softmax(1)
@@ -107,7 +117,7 @@ class _Filter(torch.autograd.Function):
     """A symmetric operator, so its own adjoint."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, kernel: _Kernel) -> Tensor:
+    def forward(ctx: Any, values: Float[Tensor, "N L"], kernel: _Kernel) -> Float[Tensor, "N L"]:
         ctx.kernel = kernel
         return kernel @ values
 

@@ -10,6 +10,7 @@ from instseg.crf.dense import DenseCRF
 from instseg.crf.detection import DetectionPotential
 from instseg.crf.mean_field import MeanFieldState, mean_field
 from instseg.crf.pairwise import Kernels
+from instseg.shapes import Float, Int
 
 
 class HigherOrderCRF(nn.Module):
@@ -29,7 +30,9 @@ class HigherOrderCRF(nn.Module):
         self.detection_weight_x = nn.Parameter(torch.full((num_labels,), config.detection_weight_x))
         self.detection_weight_y = nn.Parameter(torch.full((num_labels,), config.detection_weight_y))
 
-    def potential(self, labels: Tensor, scores: Tensor, foregrounds: Tensor) -> DetectionPotential:
+    def potential(
+        self, labels: Int[Tensor, " D"], scores: Float[Tensor, " D"], foregrounds: Float[Tensor, "D N"]
+    ) -> DetectionPotential:
         """The detection potentials of one image: (D,) int64, (D,) float, (D, N) float 0/1."""
         return DetectionPotential(
             labels,
@@ -41,6 +44,8 @@ class HigherOrderCRF(nn.Module):
             self.config.validity_unary,
         )
 
-    def forward(self, unary: Tensor, kernels: Kernels, detections: DetectionPotential | None) -> MeanFieldState:
+    def forward(
+        self, unary: Float[Tensor, "N L"], kernels: Kernels, detections: DetectionPotential | None
+    ) -> MeanFieldState:
         """Q and Pr(Y) from the pixels' `unary` energies (N, L), the negated logits of the semantic network."""
         return mean_field(unary, self.dense.pairwise(kernels), detections, self.config.num_iterations)

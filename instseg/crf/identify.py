@@ -7,17 +7,18 @@ from torch import Tensor
 
 from instseg.checks import choice
 from instseg.config import Background
+from instseg.shapes import Bool, Float, Int
 
 EPSILON = 1e-8  # a probability of 0 would be an infinite unary of the instance CRF
 
 
 def identify(
-    q: Tensor,
-    validity: Tensor,
-    labels: Tensor,
-    boxes: Tensor,
+    q: Float[Tensor, "N L"],
+    validity: Float[Tensor, " D"],
+    labels: Int[Tensor, " D"],
+    boxes: Bool[Tensor, "D N"],
     background: Background = "rescored",
-) -> Tensor:
+) -> Float[Tensor, "N D+1"]:
     """Log Pr(v_i = k) for the D detections and the background channel d0.
 
     Pr(v_i = k) is proportional to Q_i(l_k) Pr(Y_k = 1) inside box k and 0 outside. Pixels outside all boxes are
@@ -50,7 +51,9 @@ def identify(
     return torch.log(weights / total + EPSILON)
 
 
-def assign_naively(classes: Tensor, scores: Tensor, labels: Tensor, boxes: Tensor) -> Tensor:
+def assign_naively(
+    classes: Int[Tensor, " N"], scores: Float[Tensor, " D"], labels: Int[Tensor, " D"], boxes: Bool[Tensor, "D N"]
+) -> Int[Tensor, " N"]:
     """The naive assignment of paper 3.3: a pixel joins a detection that covers it and has its class.
 
     Where several do, which the paper leaves open, the one with the highest score takes it.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from instseg.checks import array, require
+from instseg.shapes import Num
 
 _IMAGE = "numbers (H, W, 3), RGB 0..255"
 
@@ -37,7 +38,7 @@ def unary_tensor(unary: Any, device: torch.device) -> Tensor:
     return _numbers("unary", unary, "numbers (L, H, W)").to(device)
 
 
-def _image_tensor(image: Any) -> Tensor:
+def _image_tensor(image: Any) -> Num[Tensor, "H W 3"]:
     tensor = _numbers("image", image, _IMAGE)
     shape_ok = tensor.ndim == 3 and tensor.shape[2] == 3 and 0 not in tensor.shape
     require(shape_ok, "image", "shape (H, W, 3) with H, W >= 1", tuple(tensor.shape))

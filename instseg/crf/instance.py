@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from instseg.config import InstanceCrfConfig
 from instseg.crf.mean_field import PairwiseTerm, mean_field
 from instseg.crf.pairwise import Kernels, build_kernels, message_matrices, potts
+from instseg.shapes import Float
 
 _LABELS = 8  # label counts are rounded up to multiples of this in a batch; the CPU's rows are padded to it anyway
 _ABSENT = 1e4  # energy of a label that an image has not
@@ -29,7 +30,7 @@ class InstanceCRF(nn.Module):
         self.spatial_weight = nn.Parameter(torch.tensor(config.spatial_weight))
         self.bilateral_weight = nn.Parameter(torch.tensor(config.bilateral_weight))
 
-    def forward(self, unary: Tensor, kernels: Kernels) -> Tensor:
+    def forward(self, unary: Float[Tensor, "N L"], kernels: Kernels) -> Float[Tensor, "N L"]:
         """Log Q(v) (N, D+1) from the `unary` energies (N, D+1), -ln Pr(v_i) of Eq. 4."""
         weights = (self.spatial_weight, self.bilateral_weight)
         matrices = message_matrices(weights, potts(unary.shape[1], unary))

@@ -12,6 +12,7 @@ from instseg.checks import non_negative
 from instseg.crf.detection import DetectionPotential
 from instseg.crf.pairwise import Kernels
 from instseg.lattice import softmax
+from instseg.shapes import Float
 
 
 class MeanFieldState(NamedTuple):
@@ -22,16 +23,16 @@ class MeanFieldState(NamedTuple):
         validity: (D,) Q(Y_d = 1); None without detections.
     """
 
-    energy: Tensor
-    validity: Tensor | None
+    energy: Float[Tensor, "N L"]
+    validity: Float[Tensor, " D"] | None
 
     @property
-    def q(self) -> Tensor:
+    def q(self) -> Float[Tensor, "N L"]:
         """(N, L) marginals."""
         return softmax(self.energy)
 
     @property
-    def log_q(self) -> Tensor:
+    def log_q(self) -> Float[Tensor, "N L"]:
         """(N, L) log marginals."""
         return (-self.energy).log_softmax(1)
 
@@ -45,13 +46,13 @@ class PairwiseTerm(NamedTuple):
     """
 
     kernels: Kernels
-    matrices: Tensor
+    matrices: Float[Tensor, "kernels L L"]
 
-    def message(self, q: Tensor) -> Tensor:
+    def message(self, q: Float[Tensor, "N L"]) -> Float[Tensor, "N L"]:
         """message_i(l) = sum_l' mu(l, l') sum_m w_m(l') sum_j k_m(i, j) Q_j(l'), (N, L), an energy in nats."""
         return self.kernels.energy(q, torch.zeros_like(q), self.matrices)
 
-    def marginals(self, unary: Tensor, num_iterations: int) -> Tensor:
+    def marginals(self, unary: Float[Tensor, "N L"], num_iterations: int) -> Float[Tensor, "N L"]:
         """`mean_field(...).q` (N, L) without detections, in less memory; may overwrite `unary` without gradients."""
         if num_iterations == 0:
             return softmax(unary)
@@ -59,7 +60,7 @@ class PairwiseTerm(NamedTuple):
 
 
 def mean_field(
-    unary: Tensor, pairwise: PairwiseTerm, detections: DetectionPotential | None, num_iterations: int
+    unary: Float[Tensor, "N L"], pairwise: PairwiseTerm, detections: DetectionPotential | None, num_iterations: int
 ) -> MeanFieldState:
     """`num_iterations` synchronous updates of every pixel and every Y_d, from Q of the unaries and the detector alone.
 
@@ -88,7 +89,11 @@ def mean_field(
 
 
 def mean_field_step(
-    q: Tensor, validity: Tensor | None, unary: Tensor, pairwise: PairwiseTerm, detections: DetectionPotential | None
+    q: Float[Tensor, "N L"],
+    validity: Float[Tensor, " D"] | None,
+    unary: Float[Tensor, "N L"],
+    pairwise: PairwiseTerm,
+    detections: DetectionPotential | None,
 ) -> MeanFieldState:
     """One synchronous update of every pixel's `q` (N, L) and every Y_d's `validity` (D,)."""
     energy, next_validity = _without_pairwise(q, validity, unary, detections)
@@ -96,8 +101,11 @@ def mean_field_step(
 
 
 def _without_pairwise(
-    q: Tensor, validity: Tensor | None, unary: Tensor, detections: DetectionPotential | None
-) -> tuple[Tensor, Tensor | None]:
+    q: Float[Tensor, "N L"],
+    validity: Float[Tensor, " D"] | None,
+    unary: Float[Tensor, "N L"],
+    detections: DetectionPotential | None,
+) -> tuple[Float[Tensor, "N L"], Float[Tensor, " D"] | None]:
     """The rest of a step from (q, validity): the pixels' other energies (N, L), and the next validity (D,)."""
     if detections is None or validity is None:
         return unary, None
@@ -105,8 +113,11 @@ def _without_pairwise(
 
 
 def free_energy(
-    state: MeanFieldState, unary: Tensor, pairwise: PairwiseTerm, detections: DetectionPotential | None = None
-) -> Tensor:
+    state: MeanFieldState,
+    unary: Float[Tensor, "N L"],
+    pairwise: PairwiseTerm,
+    detections: DetectionPotential | None = None,
+) -> Float[Tensor, ""]:
     """E_Q[E] - H(Q) in nats: KL(Q || P) up to -log Z, so what mean-field inference minimises.
 
     The pairwise term counts each unordered pair once, which holds for symmetric kernels and compatibilities; the self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from instseg.config import KernelConfig
 from instseg.crf.exact import ExactKernels
 from instseg.lattice import build_lattice
 from instseg.lattice.memory import empty
+from instseg.shapes import Float, Num
 
 
+@runtime_checkable
 class Kernels(Protocol):
     """The Gaussian kernels K_m of one image, or of several images one after another; normalised, self term j = i kept.
 
@@ -29,7 +31,12 @@ class Kernels(Protocol):
         ...
 
     def infer(
-        self, energy: Tensor, matrices: Tensor, num_iterations: int, normalize: bool, overwrite: bool = False
+        self,
+        energy: Tensor,
+        matrices: Tensor,
+        num_iterations: int,
+        normalize: bool,
+        overwrite: bool = False,
     ) -> Tensor:
         """The energies (N, L) after `num_iterations` >= 1 steps from softmax(-energy), with the same `energy` in each.
 
@@ -63,7 +70,12 @@ def build_kernels(image: Tensor | Sequence[Tensor], config: KernelConfig, dtype:
     return build_lattice((spatial, bilateral), config.normalization, ring=config.accuracy == "ring", lengths=lengths)
 
 
-def _fill_features(image: Tensor, config: KernelConfig, spatial: Tensor, bilateral: Tensor) -> None:
+def _fill_features(
+    image: Num[Tensor, "H W 3"],
+    config: KernelConfig,
+    spatial: Float[Tensor, "H*W 2"],
+    bilateral: Float[Tensor, "H*W 5"],
+) -> None:
     """(H*W, 2) and (H*W, 5): what the spatial and the bilateral kernel compare, in standard deviations."""
     height, width = image.shape[:2]
     y = torch.arange(height, dtype=spatial.dtype, device=spatial.device)[:, None]
@@ -75,7 +87,7 @@ def _fill_features(image: Tensor, config: KernelConfig, spatial: Tensor, bilater
     color.copy_(image.detach()).div_(config.theta_beta)
 
 
-def message_matrices(weights: Sequence[Tensor], compatibility: Tensor) -> Tensor:
+def message_matrices(weights: Sequence[Tensor], compatibility: Float[Tensor, "L L"]) -> Float[Tensor, "kernels L L"]:
     """(number of kernels, L, L): A_m[l', l] = w_m(l') mu(l, l'), with which the message is sum_m K_m q A_m.
 
     Args:
@@ -85,6 +97,6 @@ def message_matrices(weights: Sequence[Tensor], compatibility: Tensor) -> Tensor
     return torch.stack([weight.expand(len(compatibility))[:, None] * compatibility.T for weight in weights])
 
 
-def potts(num_labels: int, reference: Tensor) -> Tensor:
+def potts(num_labels: int, reference: Tensor) -> Float[Tensor, "L L"]:
     """(L, L) compatibility [l != l'], in the dtype and on the device of `reference`."""
     return 1.0 - torch.eye(num_labels, dtype=reference.dtype, device=reference.device)

@@ -15,6 +15,7 @@ import numpy as np
 from instseg.checks import choice
 from instseg.config import MatchingRule
 from instseg.evaluation.semantic import confusion_matrix
+from instseg.shapes import Bool, Float, Int
 from instseg.structures import InstanceMap, Sample
 
 THRESHOLDS = tuple(tenth / 10 for tenth in range(1, 10))
@@ -35,12 +36,12 @@ class ImageRecord:
     """
 
     image_id: str
-    labels: np.ndarray
-    scores: np.ndarray
-    iou: np.ndarray
-    truth_labels: np.ndarray
-    confusion_before: np.ndarray
-    confusion_after: np.ndarray
+    labels: Int[np.ndarray, " P"]
+    scores: Float[np.ndarray, " P"]
+    iou: Float[np.ndarray, "P G"]
+    truth_labels: Int[np.ndarray, " G"]
+    confusion_before: Int[np.ndarray, "L L"]
+    confusion_after: Int[np.ndarray, "L L"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +54,8 @@ class ApR:
         num_truths: (K,) int64, ground-truth instances of classes 1..K.
     """
 
-    values: np.ndarray
-    num_truths: np.ndarray
+    values: Float[np.ndarray, "T K"]
+    num_truths: Int[np.ndarray, " K"]
 
     @property
     def volume(self) -> np.ndarray:
@@ -109,7 +110,9 @@ def image_record(sample: Sample, predicted: InstanceMap, semantic_before: np.nda
     )
 
 
-def _joint_histogram(truth: np.ndarray, num_truths: int, predicted: InstanceMap) -> np.ndarray:
+def _joint_histogram(
+    truth: Int[np.ndarray, "H W"], num_truths: int, predicted: InstanceMap
+) -> Int[np.ndarray, "P1 G1"]:
     """(P+1, G+1) pixels by predicted and true instance, 0 being none; void pixels do not count."""
     known = truth >= 0
     shape = (len(predicted) + 1, num_truths + 1)
@@ -145,7 +148,7 @@ def ap_r(records: Iterable[ImageRecord], num_labels: int, rule: MatchingRule = "
     return ApR(np.array(values), np.array(num_truths))
 
 
-def _of_class(record: ImageRecord, label: int) -> tuple[np.ndarray, np.ndarray]:
+def _of_class(record: ImageRecord, label: int) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, "P G"]]:
     mine = record.labels == label
     return record.scores[mine], record.iou[mine][:, record.truth_labels == label]
 
@@ -159,7 +162,9 @@ def _class_ap(images: list[tuple[np.ndarray, np.ndarray]], threshold: float, rul
     return _area(hits[np.argsort(-scores, kind="stable")], num_truths, rule)
 
 
-def _hits(scores: np.ndarray, iou: np.ndarray, threshold: float, rule: MatchingRule) -> np.ndarray:
+def _hits(
+    scores: Float[np.ndarray, " P"], iou: Float[np.ndarray, "P G"], threshold: float, rule: MatchingRule
+) -> Bool[np.ndarray, " P"]:
     """Return (P,) bool: which predictions of one image and class are correct."""
     if rule == "authors":
         return np.any(iou > threshold, axis=1)
@@ -173,7 +178,7 @@ def _hits(scores: np.ndarray, iou: np.ndarray, threshold: float, rule: MatchingR
     return hits
 
 
-def _area(hits: np.ndarray, num_truths: int, rule: MatchingRule) -> float:
+def _area(hits: Bool[np.ndarray, " P"], num_truths: int, rule: MatchingRule) -> float:
     """Average precision of ranked predictions."""
     num_hits = np.cumsum(hits)
     precision = num_hits / np.arange(1, len(hits) + 1)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from instseg.shapes import Float, Int, Integer
 from instseg.structures import IGNORE_LABEL
 
 
-def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, num_labels: int) -> np.ndarray:
+def confusion_matrix(
+    truth: Integer[np.ndarray, "H W"], prediction: Integer[np.ndarray, "H W"], num_labels: int
+) -> Int[np.ndarray, "L L"]:
     """Count pixels by (true, predicted) label; true label 255 is left out.
 
     Args:
@@ -30,14 +33,14 @@ def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, num_labels: int)
     return np.bincount(truth * num_labels + prediction, minlength=num_labels**2).reshape(num_labels, -1)
 
 
-def label_iou(confusion: np.ndarray) -> np.ndarray:
+def label_iou(confusion: Integer[np.ndarray, "L L"]) -> Float[np.ndarray, " L"]:
     """Return (L,) float64 intersection over union in 0..1; NaN for a label that occurs nowhere."""
     correct = np.diag(confusion).astype(np.float64)
     union = confusion.sum(0) + confusion.sum(1) - correct
     return np.divide(correct, union, out=np.full(len(correct), np.nan), where=union > 0)
 
 
-def mean_iou(confusion: np.ndarray) -> float:
+def mean_iou(confusion: Integer[np.ndarray, "L L"]) -> float:
     """Mean of `label_iou` over the labels that occur, background included."""
     iou = label_iou(confusion)
     return float(iou[~np.isnan(iou)].mean()) if not np.isnan(iou).all() else float("nan")

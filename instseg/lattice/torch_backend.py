@@ -12,24 +12,25 @@ from torch.nn.functional import embedding_bag
 
 from instseg.lattice.embedding import deviations, key_layout, slices
 from instseg.lattice.operator import Lattice, zeros
+from instseg.shapes import Float, Int
 
 
-def softmax(energy: Tensor) -> Tensor:
+def softmax(energy: Float[Tensor, "N L"]) -> Float[Tensor, "N L"]:
     """Marginals (N, L), exp(-energy) normalised over the labels."""
     return (-energy).softmax(1)
 
 
-def softmax_backward(q: Tensor, grad: Tensor) -> Tensor:
+def softmax_backward(q: Float[Tensor, "N L"], grad: Float[Tensor, "N L"]) -> Float[Tensor, "N L"]:
     """The gradient with respect to the energy, from that of q = softmax(-energy)."""
     return -q * (grad - (q * grad).sum(1, keepdim=True))
 
 
-def as_rows(values: Tensor) -> Tensor:
+def as_rows(values: Float[Tensor, "N L"]) -> Float[Tensor, "N L"]:
     """`values` (N, L), or a copy if the backend could not read them as they are."""
     return values
 
 
-def copy_rows(values: Tensor) -> Tensor:
+def copy_rows(values: Float[Tensor, "N L"]) -> Float[Tensor, "N L"]:
     """A copy of `values` (N, L), laid out as the backend reads it fastest."""
     return values.clone(memory_format=torch.contiguous_format)
 
@@ -47,41 +48,45 @@ class TorchLattice(Lattice):
         offsets: (M,) int64, where each vertex's run in `order` starts.
     """
 
-    neighbors: tuple[Tensor, ...]
-    vertices: Tensor
-    order: Tensor
-    offsets: Tensor
+    neighbors: tuple[Int[Tensor, "_ 2 _"], ...]
+    vertices: Int[Tensor, "N C"]
+    order: Int[Tensor, " N*C"]
+    offsets: Int[Tensor, " M"]
 
     softmax_backward = staticmethod(softmax_backward)
     as_rows = staticmethod(as_rows)
     copy_rows = staticmethod(copy_rows)
 
-    def splat(self, values: Tensor) -> Tensor:  # noqa: D102 (the base class says it)
+    def splat(self, values: Float[Tensor, "N L"]) -> Float[Tensor, "V L"]:  # noqa: D102 (the base class says it)
         weights = self.splat_weights.flatten()[self.order]
         points = self.order // self.vertices.shape[1]
         on_vertices = values.new_zeros(len(self.offsets) + 1, values.shape[1])
         on_vertices[:-1] = embedding_bag(points, values, self.offsets, mode="sum", per_sample_weights=weights)
         return on_vertices
 
-    def blur(self, on_vertices: Tensor) -> Tensor:  # noqa: D102
+    def blur(self, on_vertices: Float[Tensor, "V L"]) -> Float[Tensor, "V L"]:  # noqa: D102
         on_vertices = on_vertices.clone()
         for kernel, neighbors in zip(self.kernels, self.neighbors, strict=True):
             for before, after in neighbors.long():  # -1 is the last row
                 on_vertices[kernel] += 0.5 * (on_vertices[before] + on_vertices[after])
         return on_vertices
 
-    def apply_compatibility(self, on_vertices: Tensor, matrices: Tensor, overwrite: bool = False) -> Tensor:  # noqa: D102
+    def apply_compatibility(  # noqa: D102
+        self, on_vertices: Float[Tensor, "V L"], matrices: Float[Tensor, "kernels L L"], overwrite: bool = False
+    ) -> Float[Tensor, "V L"]:
         del overwrite
         messages = torch.zeros_like(on_vertices)
         for kernel, matrix in zip(self.kernels, matrices, strict=True):
             torch.mm(on_vertices[kernel], matrix, out=messages[kernel])
         return messages
 
-    def slice(self, on_vertices: Tensor, energy: Tensor) -> Tensor:  # noqa: D102
+    def slice(self, on_vertices: Float[Tensor, "V L"], energy: Float[Tensor, "#N L"]) -> Float[Tensor, "N L"]:  # noqa: D102
         on_vertices = on_vertices.expand(len(self.offsets) + 1, -1).contiguous()
         return energy + embedding_bag(self.vertices, on_vertices, mode="sum", per_sample_weights=self.slice_weights)
 
-    def slice_softmax(self, on_vertices: Tensor, energy: Tensor, overwrite: bool = False) -> Tensor:  # noqa: D102
+    def slice_softmax(  # noqa: D102
+        self, on_vertices: Float[Tensor, "V L"], energy: Float[Tensor, "#N L"], overwrite: bool = False
+    ) -> Float[Tensor, "N L"]:
         del overwrite
         return softmax(self.slice(on_vertices, energy))
 
@@ -128,7 +133,9 @@ def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> Tor
     )
 
 
-def _build_one(features: Tensor, ring: bool, first_vertex: int) -> tuple[Tensor, Tensor, Tensor]:
+def _build_one(
+    features: Float[Tensor, "N C"], ring: bool, first_vertex: int
+) -> tuple[Int[Tensor, "N C+1"], Float[Tensor, "N C+1"], Int[Tensor, "C+1 2 M"]]:
     """One kernel of one image: vertices (N, C+1) from `first_vertex`, barycentric coordinates, neighbours."""
     low, strides = (layout.to(features.device) for layout in key_layout(features))
     base, rank, weights = _enclosing_simplex(_elevate(features))
@@ -143,7 +150,7 @@ def _build_one(features: Tensor, ring: bool, first_vertex: int) -> tuple[Tensor,
     return (torch.searchsorted(unique, keys) + first_vertex), weights, neighbors
 
 
-def _elevate(features: Tensor) -> Tensor:
+def _elevate(features: Float[Tensor, "N C"]) -> Float[Tensor, "N C+1"]:
     """Embed (N, C) in the hyperplane sum(x) = 0 of R^(C+1), scaled so that one blur step is unit variance."""
     num_features = features.shape[1]
     elevated = features.new_empty(len(features), num_features + 1)
@@ -157,7 +164,9 @@ def _elevate(features: Tensor) -> Tensor:
     return elevated
 
 
-def _enclosing_simplex(elevated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _enclosing_simplex(
+    elevated: Float[Tensor, "N corners"],
+) -> tuple[Int[Tensor, "N corners"], Int[Tensor, "N corners"], Float[Tensor, "N corners"]]:
     """Nearest remainder-0 vertex (N, C+1) int64, rank of each coordinate (N, C+1) int64, barycentric coordinates."""
     num_corners = elevated.shape[1]
     steps = torch.round(elevated / num_corners)
@@ -186,7 +195,12 @@ def _enclosing_simplex(elevated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return base, rank, weights
 
 
-def _corner_keys(base: Tensor, rank: Tensor, low: Tensor, strides: Tensor) -> Tensor:
+def _corner_keys(
+    base: Int[Tensor, "N corners"],
+    rank: Int[Tensor, "N corners"],
+    low: Int[Tensor, " corners-1"],
+    strides: Int[Tensor, " corners-1"],
+) -> Int[Tensor, "N corners"]:
     """Pack the first C coordinates of each corner of each simplex into one int64: (N, C+1)."""
     num_corners = base.shape[1]
     origin = ((base[:, :-1] - low) * strides).sum(1, keepdim=True)

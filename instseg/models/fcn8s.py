@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from instseg.shapes import Float
+
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 _POOL3, _POOL4 = 17, 24  # number of layers of `features` up to and including those pools
 _FIRST_PADDING = 100  # lets an image of any size reach fc6, whose 7x7 window sees 224 pixels
@@ -36,7 +38,7 @@ class FCN8s(nn.Module):
         self.score_pool3 = nn.Conv2d(256, num_labels, 1)
         self._initialize()
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B L H W"]:
         """Class logits.
 
         Args:
@@ -85,7 +87,7 @@ class FCN8s(nn.Module):
             nn.init.zeros_(score.weight)
 
 
-def bilinear_kernel(factor: int) -> Tensor:
+def bilinear_kernel(factor: int) -> Float[Tensor, "2*{factor} 2*{factor}"]:
     """The interpolation kernel of a deconvolution that upsamples by `factor`.
 
     Args:
@@ -113,7 +115,7 @@ def _trunk() -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def _upsample(scores: Tensor, factor: int) -> Tensor:
+def _upsample(scores: Float[Tensor, "B L h w"], factor: int) -> Float[Tensor, "B L {factor}*(h+1) {factor}*(w+1)"]:
     """(B, L, h, w) -> (B, L, factor * (h + 1), factor * (w + 1)): uncropped, as the offsets expect."""
     num_labels = scores.shape[1]
     kernel = bilinear_kernel(factor).to(scores).expand(num_labels, 1, -1, -1)

@@ -19,6 +19,7 @@ from instseg.crf.instance import InstanceCRF
 from instseg.crf.pairwise import Kernels, build_kernels
 from instseg.models.checkpoint import Checkpoint, find_checkpoint, from_json
 from instseg.models.semantic import build_semantic
+from instseg.shapes import Bool, Float, Int
 from instseg.structures import Detections, InstanceMap, Sample
 
 
@@ -32,10 +33,10 @@ class DetectionTensors(NamedTuple):
         foregrounds: (D, N) 0 or 1, the pixels F_d; None until they are computed.
     """
 
-    labels: Tensor
-    scores: Tensor
-    boxes: Tensor
-    foregrounds: Tensor | None
+    labels: Int[Tensor, " D"]
+    scores: Float[Tensor, " D"]
+    boxes: Bool[Tensor, "D N"]
+    foregrounds: Float[Tensor, "D N"] | None
 
 
 class NetworkOutput(NamedTuple):
@@ -51,10 +52,10 @@ class NetworkOutput(NamedTuple):
     """
 
     detections: DetectionTensors
-    semantic_logits: Tensor
-    log_q: Tensor
-    validity: Tensor
-    instance_log_q: Tensor
+    semantic_logits: Float[Tensor, "L H W"]
+    log_q: Float[Tensor, "L H W"]
+    validity: Float[Tensor, " D"]
+    instance_log_q: Float[Tensor, "D+1 H W"]
 
 
 class InstanceNetwork(nn.Module):
@@ -159,7 +160,7 @@ class InstanceNetwork(nn.Module):
             foregrounds=None if foregrounds is None else self._tensor(foregrounds).flatten(1),
         )
 
-    def _semantic_logits(self, sample: Sample, image: Tensor) -> Tensor:
+    def _semantic_logits(self, sample: Sample, image: Float[Tensor, "H W 3"]) -> Float[Tensor, "L H W"]:
         """(L, H, W): the network's, or the sample's own brought to the image's size."""
         if self.semantic is not None:
             return self.semantic(image.permute(2, 0, 1))
@@ -174,8 +175,8 @@ class InstanceNetwork(nn.Module):
         return interpolate(logits[None], size=image.shape[:2], mode="bilinear", align_corners=False)[0]
 
     def _semantic_crf(
-        self, logits: Tensor, kernels: Kernels, detections: DetectionTensors, ablation: Ablation
-    ) -> tuple[Tensor, Tensor]:
+        self, logits: Float[Tensor, "L H W"], kernels: Kernels, detections: DetectionTensors, ablation: Ablation
+    ) -> tuple[Float[Tensor, "H*W L"], Float[Tensor, " D"]]:
         """Log Q (N, L) and the validity (D,) that identification uses."""
         unary = -logits.flatten(1).T.contiguous()
         if not ablation.detection_potentials:
@@ -189,13 +190,13 @@ class InstanceNetwork(nn.Module):
 
     def _instance_crf(
         self,
-        log_q: Tensor,
-        validity: Tensor,
+        log_q: Float[Tensor, "N L"],
+        validity: Float[Tensor, " D"],
         detections: DetectionTensors,
         ablation: Ablation,
-        image: Tensor,
+        image: Float[Tensor, "H W 3"],
         kernels: Kernels,
-    ) -> Tensor:
+    ) -> Float[Tensor, "N D+1"]:
         """Log Q(v) (N, D+1), from identification or the naive assignment on."""
         labels, boxes = detections.labels, detections.boxes
         if not ablation.identification:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from instseg.shapes import Float, Num
+
 LOGITS = "logits"  # the semantic source that is no network: logits that another system wrote
 FCN8S = "fcn8s"
 _MEAN = (0.485, 0.456, 0.406)
@@ -22,7 +24,7 @@ class SemanticNetwork(nn.Module):
         super().__init__()
         self.body = body
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Float[Tensor, "3 H W"]) -> Float[Tensor, "L H W"]:
         """Class logits.
 
         Args:
@@ -42,7 +44,7 @@ class SemanticNetwork(nn.Module):
         return self
 
 
-def normalize(image: Tensor) -> Tensor:
+def normalize(image: Num[Tensor, "3 H W"]) -> Float[Tensor, "3 H W"]:
     """ImageNet normalisation as torchvision's weights expect it.
 
     Args:

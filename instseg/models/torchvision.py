@@ -7,6 +7,8 @@ import difflib
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights, list_models, segmentation
 
+from instseg.shapes import Float
+
 _VOC_WEIGHTS = "COCO_WITH_VOC_LABELS_V1"  # trained on COCO alone, so VOC's validation images are unseen
 _VOC_LABELS = 21
 
@@ -32,7 +34,7 @@ class TorchvisionSegmentation(nn.Module):
         # The auxiliary loss is not part of ours, and parameters without a gradient break DDP.
         setattr(self.model, "aux_classifier", None)  # noqa: B010
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B L H W"]:
         """Class logits.
 
         Args:

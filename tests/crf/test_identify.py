@@ -41,6 +41,7 @@ def test_equals_the_equation(inputs, background):
     torch.testing.assert_close(identify(q, validity, labels, boxes, background), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 def test_an_unknown_form_of_the_background_is_refused(inputs):
     with pytest.raises(ValueError, match=r"background: .* got 'rescoerd'; did you mean 'rescored'\?"):
         identify(*inputs, background="rescoerd")  # pyright: ignore[reportArgumentType]

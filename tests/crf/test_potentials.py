@@ -138,6 +138,7 @@ def test_the_decoupled_form_has_no_free_energy(problem):
         free_energy(MeanFieldState(-q.log(), validity), unary, pairwise(problem), potential("decoupled"))
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

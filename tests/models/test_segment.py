@@ -64,6 +64,7 @@ def test_a_semantic_network_is_not_ignored(inputs):
         segment_instances(*inputs, network=network)
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 def test_a_network_that_does_not_fit_is_refused(inputs):
     network = InstanceNetwork(ModelConfig(), 4)
     with pytest.raises(ValueError, match="semantic_probabilities: expected 4 labels as the network, got 3"):
@@ -74,6 +75,7 @@ def test_a_network_that_does_not_fit_is_refused(inputs):
         segment_instances(*inputs, network=ModelConfig())  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 def test_what_numpy_reads_is_used(inputs):
     image, probabilities, detections = inputs
     expected = segment_instances(*inputs)
@@ -83,6 +85,7 @@ def test_what_numpy_reads_is_used(inputs):
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize(
     ("position", "value", "message"),
     [
