@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import final
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ def copy_rows(values: Float[Tensor, "N L"]) -> Float[Tensor, "N L"]:
     return values.clone(memory_format=torch.contiguous_format)
 
 
+@final
 @dataclass(frozen=True)
 class TorchLattice(Lattice):
     """Splatting gathers too, from lists of points sorted by vertex, so that sums have one order on any device.
@@ -90,11 +91,11 @@ class TorchLattice(Lattice):
         del overwrite
         return softmax(self.slice(on_vertices, energy))
 
-    def adjoint(self) -> Self:  # noqa: D102
+    def adjoint(self) -> TorchLattice:  # noqa: D102
         neighbors = tuple(neighbors.flip(0) for neighbors in self.neighbors)
         return replace(self, neighbors=neighbors, splat_weights=self.slice_weights, slice_weights=self.splat_weights)
 
-    def normalized(self, symmetric: bool) -> Self:  # noqa: D102
+    def normalized(self, symmetric: bool) -> TorchLattice:  # noqa: D102
         blurred = self.blur(self.splat(self.splat_weights.new_ones(len(self.splat_weights), 1)))
         apart = blurred.new_zeros(len(blurred), len(self.kernels))  # a column for each: slicing keeps them apart
         for column, kernel in enumerate(self.kernels):
