@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,11 +58,18 @@ def test_the_four_commands(workplace):
     assert (workplace / "runs/voc/evaluation/panel.png").is_file()
 
 
+def snippet_inputs() -> dict[str, np.ndarray]:
+    """The names that the Python snippets take for granted."""
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 255, (200, 220, 3)).astype(np.uint8),
+        "semantic_probabilities": np.full((21, 50, 55), 1 / 21),
+        "unary": rng.normal(size=(21, 200, 220)).astype(np.float32),
+    }
+
+
 def test_the_python_snippets():
-    image = np.random.default_rng(0).integers(0, 255, (200, 220, 3)).astype(np.uint8)
-    probabilities = np.full((21, 50, 55), 1 / 21)
-    unary = np.random.default_rng(1).normal(size=(21, 200, 220)).astype(np.float32)
-    names = {"image": image, "semantic_probabilities": probabilities, "unary": unary}
+    names: dict[str, Any] = dict(snippet_inputs())
     for snippet in blocks("python"):
         exec(snippet, names)  # the README's own code
-    assert names["q"].shape == unary.shape
+    assert names["q"].shape == names["unary"].shape
