@@ -1,8 +1,9 @@
 """A generated data set in the layout of VOC, with the outputs of an imagined detector and semantic network.
 
 Demo and tests go through the same reader as VOC. The imagined networks err as real ones do, and independently of each
-other, because the method gains where one network is right and the other is not. Logits are coarse, washed out at boundaries, and in places sure of a wrong
-class; the detector jitters, misses objects, names wrong classes and finds things in clutter, with scores that overlap.
+other, because the method gains where one network is right and the other is not. Logits are coarse, washed out at
+boundaries, and in places sure of a wrong class; the detector jitters, misses objects, names wrong classes and finds
+things in clutter, with scores that overlap.
 """
 
 from __future__ import annotations
