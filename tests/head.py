@@ -29,6 +29,7 @@ class Head:
     process: subprocess.Popen[bytes]
     folder: Path
     dashboard: str
+    agent: str
     environment: dict[str, str]
 
     @property
@@ -41,23 +42,17 @@ class Head:
 
     def jobs_status(self, token: str | None) -> int | None:
         """The HTTP status of the jobs API; None while nothing answers."""
-        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        request = urllib.request.Request(f"{self.dashboard}/api/jobs/", headers=headers)
-        try:
-            with urllib.request.urlopen(request) as answer:
-                return answer.status
-        except urllib.error.HTTPError as refused:
-            refused.close()
-            return refused.code
-        except OSError:
-            return None
+        return status(f"{self.dashboard}/api/jobs/", token)
 
     def wait(self) -> None:
-        """Until the jobs API takes jobs; an open port is not enough."""
+        """Until the jobs API answers and the agent that starts jobs sees its raylet; open ports are not enough."""
         deadline = time.monotonic() + 600
-        while not (TOKEN.is_file() and self.jobs_status(TOKEN.read_text().strip()) == 200):
+        while True:
+            token = TOKEN.read_text().strip() if TOKEN.is_file() else None
+            if self.jobs_status(token) == status(f"{self.agent}/api/local_raylet_healthz", token) == 200:
+                return
             assert self.process.poll() is None, f"the head ended with status {self.process.poll()}"
-            assert time.monotonic() < deadline, "the jobs API does not answer"
+            assert time.monotonic() < deadline, "the head does not answer"
             time.sleep(0.1)
 
     @contextmanager
@@ -92,6 +87,18 @@ class Head:
         return found
 
 
+def status(url: str, token: str | None) -> int | None:
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as answer:
+            return answer.status
+    except urllib.error.HTTPError as refused:
+        refused.close()
+        return refused.code
+    except OSError:
+        return None
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -102,9 +109,9 @@ def free_port() -> int:
 def running_head() -> Iterator[Head]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"}
-    port = free_port()
+    port, agent_port = free_port(), free_port()
     options = ["--block", "--port=0", f"--dashboard-port={port}", "--num-cpus=2", "--object-store-memory=100000000"]
-    options += [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
+    options += [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={agent_port}"]
     # Not tmp_path: the path of a socket has 107 characters at most.
     with tempfile.TemporaryDirectory(prefix="ray") as folder, Path(folder, "head.log").open("wb") as log:
         process = subprocess.Popen(
@@ -115,7 +122,8 @@ def running_head() -> Iterator[Head]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        head = Head(process, Path(folder), f"http://127.0.0.1:{port}", environment)
+        servers = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{agent_port}"
+        head = Head(process, Path(folder), *servers, environment)
         try:
             with head.explained():
                 head.wait()

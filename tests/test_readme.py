@@ -57,7 +57,7 @@ def test_the_four_commands(workplace, head):
     assert (workplace / "runs/voc/evaluation/panel.png").is_file()
 
 
-def snippet_inputs() -> dict[str, np.ndarray]:
+def snippet_inputs() -> dict[str, Any]:
     """The names that the Python snippets take for granted."""
     rng = np.random.default_rng(0)
     return {
@@ -68,7 +68,7 @@ def snippet_inputs() -> dict[str, np.ndarray]:
 
 
 def test_the_python_snippets():
-    names: dict[str, Any] = dict(snippet_inputs())
+    names = snippet_inputs()
     for snippet in blocks("python"):
         exec(snippet, names)  # the README's own code
     assert names["q"].shape == names["unary"].shape
