@@ -84,7 +84,7 @@ def test_nothing_is_pickled():
 
 # Folders of somebody's machine, and where somebody's packages come from.
 PRIVATE = re.compile(
-    r"(?<![\w.>}])/(?:root|work|(?:home|Users)/\w+)\b(?:/|$)|\b(?:pypi|pythonhosted|npmjs)\.\w|index-url"
+    r"(?<![\w.>}])/(?:root|work|(?:home|Users)/\w+)\b(?:/|$)|\b(?:pypi|pythonhosted|npmjs)\.\w|index[-]url"
 )
 
 
