@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jaxtyping
 import pytest
 
 from instseg.data.synthetic import write_synthetic_devkit
-
-if TYPE_CHECKING:
-    from tests.head import Head
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -40,15 +36,6 @@ def ray_cluster() -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
-
-
-@pytest.fixture(scope="session")
-def head() -> Iterator[Head]:
-    """A Ray head with two CPUs in processes of its own, for the commands that users send to a cluster."""
-    from tests.head import running_head
-
-    with running_head() as head:
-        yield head
 
 
 @pytest.fixture(scope="session")

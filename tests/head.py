@@ -32,11 +32,6 @@ class Head:
     agent: str
     environment: dict[str, str]
 
-    @property
-    def address(self) -> str:
-        """What RAY_ADDRESS is set to."""
-        return (self.folder / "ray_current_cluster").read_text()
-
     def processes(self) -> list[Any]:
         return psutil.Process(self.process.pid).children(recursive=True)
 

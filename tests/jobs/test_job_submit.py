@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,15 @@ from typing import Any
 import pytest
 
 from instseg.models.checkpoint import find_checkpoint
-from tests.head import REPOSITORY, TOKEN, Head, psutil
+from tests.head import REPOSITORY, TOKEN, Head, psutil, running_head
 
 pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with running_head() as head:
+        yield head
 
 
 def submit(head: Head, *command: str) -> str:
