@@ -57,5 +57,5 @@ def test_importing_the_crf_imports_torch_and_its_own_part_of_the_package_alone()
     names = {name for name in run(listing).split() if name.split(".")[0] not in sys.stdlib_module_names}
     assert {name.split(".")[0] for name in names} <= {"torch", "numpy", "instseg"}
     assert {name.split(".")[1] for name in names if name.startswith("instseg.")} == {
-        "crf", "lattice", "config", "checks",
+        "crf", "lattice", "config", "checks", "shapes",
     }  # fmt: skip
