@@ -44,10 +44,10 @@ def cache_folder() -> Path:
     return parent / f"lattice-{digest.hexdigest()[:32]}"
 
 
-@lru_cache(1)
-def _warn(reason: str) -> None:
+@lru_cache(1)  # once, not for every loop
+def _warn() -> None:
     warnings.warn(
-        f"compiled loops cannot be kept, so every process compiles them again, which takes a minute: {reason}; "
+        f"compiled loops cannot be kept in {cache_folder()}, so every process compiles them again, which takes a minute; "
         "set NUMBA_CACHE_DIR to a folder that can be written",
         RuntimeWarning,
         stacklevel=2,
@@ -88,16 +88,16 @@ class _Cache(caching.FunctionCache):
         self._open(sig)
         try:
             return super().load_overload(sig, target_context)
-        except OSError as error:
-            _warn(str(error))
+        except OSError:
+            _warn()
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
         self._open(sig)
         try:
             super().save_overload(sig, data)
-        except OSError as error:
-            _warn(str(error))
+        except OSError:
+            _warn()
 
     def _open(self, sig: Any) -> None:
         name = f"{self._impl.filename_base}-{sha256(str(sig).encode()).hexdigest()[:16]}"
