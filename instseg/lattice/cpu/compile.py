@@ -47,7 +47,7 @@ def cache_folder() -> Path:
 @lru_cache(1)  # once, not for every loop
 def _warn() -> None:
     warnings.warn(
-        f"compiled loops cannot be kept in {cache_folder()}, so every process compiles them again, which takes a minute; "
+        f"compiled loops cannot be kept in {cache_folder()}, so every process takes a minute to compile them again; "
         "set NUMBA_CACHE_DIR to a folder that can be written",
         RuntimeWarning,
         stacklevel=2,
