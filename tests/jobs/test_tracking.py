@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from instseg.config import TrackingConfig
-from instseg.jobs import tracking
-from instseg.jobs.tracking import Tracker, how_to_open, resolve_uri
+from instseg.jobs import mlflow_server
+from instseg.jobs.mlflow_server import resolve_uri
+from instseg.jobs.tracking import Tracker, how_to_open
 
 UNREACHABLE = TrackingConfig(uri="http://127.0.0.1:9")
 
@@ -32,7 +33,7 @@ def config(store: Path, request: pytest.FixtureRequest) -> TrackingConfig:
 
 
 def runs_of(config: TrackingConfig) -> list[Any]:
-    with tracking._quiet():
+    with mlflow_server._quiet():
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=resolve_uri(config))
@@ -174,21 +175,21 @@ def test_a_server_that_hangs_does_not_hang_the_run(tmp_path: Path, monkeypatch: 
 def test_the_same_tracker_replays_when_the_server_is_back(
     config: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
-    real_apply = tracking._Server._apply
+    monkeypatch.setattr(mlflow_server, "RETRY_SECONDS", 0.0)
+    real_apply = mlflow_server.Server._apply
     outage = {"on": False}
 
-    def apply(server: tracking._Server, event: dict[str, Any]) -> None:
+    def apply(server: mlflow_server.Server, event: dict[str, Any]) -> None:
         if outage["on"]:
             raise ConnectionError("down")
         real_apply(server, event)
 
-    monkeypatch.setattr(tracking._Server, "_apply", apply)
+    monkeypatch.setattr(mlflow_server.Server, "_apply", apply)
     with Tracker.start(config, "name", {}, {}, tmp_path / "spool") as tracker:
         for step in range(6):
             outage["on"] = step in (1, 2, 3)
             tracker.log_metrics({"loss": float(step)}, step)
-            assert (tmp_path / "spool").exists() == outage["on"]
+            assert bool((tmp_path / "spool").read_text()) == outage["on"]
     (run,) = runs_of(config)
     assert history(config, run.info.run_id, "loss") == [(step, float(step)) for step in range(6)]
 
@@ -204,6 +205,41 @@ def test_replaying_twice_records_once(config: TrackingConfig, tmp_path: Path) ->
     assert sorted(names) == ["down", "up"]
     run = next(run for run in runs_of(config) if run.info.run_name == "down")
     assert history(config, run.info.run_id, "loss") == [(0, 1.0)]
+
+
+def test_the_spool_is_there_until_the_run_is_finished(config: TrackingConfig, tmp_path: Path) -> None:
+    tracker = Tracker.start(config, "name", {}, {}, tmp_path / "spool")
+    assert (tmp_path / "spool").read_text() == ""
+    tracker.finish()
+    assert not (tmp_path / "spool").exists()
+
+
+def test_the_same_number_of_the_same_moment_is_recorded_once(config: TrackingConfig, tmp_path: Path) -> None:
+    with Tracker.start(config, "name", {}, {}, tmp_path / "spool") as tracker:
+        for _ in range(2):
+            tracker.log_metrics({"loss": 1.0}, step=4, time_ms=1_000)
+    assert history(config, runs_of(config)[0].info.run_id, "loss") == [(4, 1.0)]
+
+
+def test_a_deleted_experiment_is_named_and_keeps_the_spool(
+    config: TrackingConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow import MlflowClient
+
+    Tracker.start(config, "before", {}, {}, tmp_path / "a").finish()
+    client = MlflowClient(tracking_uri=resolve_uri(config))
+    experiment = client.get_experiment_by_name(config.experiment)
+    assert experiment is not None
+    client.delete_experiment(experiment.experiment_id)
+    Tracker.start(config, "during", {}, {}, tmp_path / "b").finish()
+    (warning,) = caplog.messages
+    assert f"has deleted the experiment '{config.experiment}'" in warning
+    assert f"mlflow experiments restore --experiment-id {experiment.experiment_id}" in warning
+    assert "cannot be reached" not in warning
+    assert [json.loads(line)["op"] for line in (tmp_path / "b").read_text().splitlines()] == ["start", "finish"]
+    client.restore_experiment(experiment.experiment_id)
+    Tracker.start(config, "after", {}, {}, tmp_path / "b", resume=False).finish()
+    assert sorted(run.info.run_name for run in runs_of(config)) == ["after", "before", "during"]
 
 
 def test_a_torn_line_and_a_lost_artifact_do_not_block_the_spool(
