@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 _Config = TypeVar("_Config")
 FOLDER = "checkpoints"  # inside the run directory
+# Fields of `ModelConfig` that training starts from. A checkpoint has trained weights in their place.
+INITIAL_WEIGHTS = (
+    "semantic_weights",
+    "semantic_crf.spatial_weight",
+    "semantic_crf.bilateral_weight",
+    "semantic_crf.detection_weight_x",
+    "semantic_crf.detection_weight_y",
+    "instance_crf.spatial_weight",
+    "instance_crf.bilateral_weight",
+)
 _MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 _CONFIG, _STATE, _MANIFEST = "config.json", "state.json", "manifest.json"
+_PARTIAL = ".partial"  # suffix of a folder that is being written
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,7 +42,8 @@ class Checkpoint:
 
     Attributes:
         folder: Where it lies.
-        config: What the network was built from and trained with: at least "model" and "num_labels".
+        config: What the network was built from and trained with: at least "model" and "num_labels", and "classes"
+            where it was trained on a prepared data set.
         state: Counters of the training loop: at least "epoch", the number of finished epochs.
     """
 
@@ -49,16 +67,20 @@ def save_checkpoint(
     optimizer: Mapping[str, Tensor] | None = None,
     state: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint; a process killed at any moment leaves either all of it or nothing under its name."""
-    partial = folder.with_name(f"{folder.name}.partial")
+    """Write a checkpoint; a process killed at any moment leaves either all of it or nothing under its name.
+
+    Raises:
+        OSError: If it cannot be written, e.g. because the disk is full.
+    """
+    partial = folder.with_name(folder.name + _PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(_contiguous(model), partial / _MODEL)
-    save_file(_contiguous(optimizer or {}), partial / _OPTIMIZER)
+    _write_tensors(partial / _MODEL, model)
+    _write_tensors(partial / _OPTIMIZER, optimizer or {})
     _write_json(partial / _CONFIG, config)
     _write_json(partial / _STATE, state or {})
     _write_json(partial / _MANIFEST, {name: _sha256(partial / name) for name in _files(partial)})
-    shutil.rmtree(folder, ignore_errors=True)  # damaged: training went on from the one before, and is here again
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one, instead of which training went on from an older one
     partial.rename(folder)
 
 
@@ -78,13 +100,28 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def latest_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest complete and undamaged checkpoint of a run directory, if there is one."""
+    """The newest complete and undamaged checkpoint of a run directory, if there is one; warns of newer ones."""
     for folder in sorted((run / FOLDER).glob("epoch_*"), reverse=True):
+        if folder.suffix == _PARTIAL:
+            continue
         try:
             return read_checkpoint(folder)
-        except (FileNotFoundError, ValueError):
-            continue  # torn by a crash: the one before it counts
+        except (FileNotFoundError, ValueError) as error:
+            log.warning("%s. It is passed over for the one before it, if there is one", error)
     return None
+
+
+def check_classes(checkpoint: Checkpoint, classes: Sequence[str]) -> None:
+    """Raise ValueError unless a checkpoint that says what it was trained on says `classes`, in this order."""
+    trained = checkpoint.config.get("classes", classes)
+    if len(trained) != len(classes):
+        raise ValueError(f"checkpoint {checkpoint.folder}: has {len(trained)} labels, the data has {len(classes)}")
+    for label, (before, now) in enumerate(zip(trained, classes, strict=True)):
+        if before != now:
+            raise ValueError(
+                f"checkpoint {checkpoint.folder}: was trained with class {label} = {before!r}, in the data it is "
+                f"{now!r}; prepare the data with the same classes in the same order"
+            )
 
 
 def epoch_folder(run: Path, epoch: int) -> Path:
@@ -123,8 +160,14 @@ def from_json(kind: type[_Config], values: Mapping[str, Any]) -> _Config:
     return kind(**nested)
 
 
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))  # all that it says of a full disk
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
 def _files(folder: Path) -> list[str]:
@@ -141,4 +184,7 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path.parent}: {path.name} is damaged ({error})") from None

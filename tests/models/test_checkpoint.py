@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -7,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from instseg.config import InstanceCrfConfig, ModelConfig
 from instseg.models import checkpoint as module
 from instseg.models.checkpoint import (
+    check_classes,
     epoch_folder,
     find_checkpoint,
     from_json,
@@ -50,12 +53,17 @@ def test_other_settings_may_be_run_with_the_same_weights(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("torn", ["model.safetensors", "config.json", "manifest.json", "state.json"])
-def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, torn: str) -> None:
+def test_a_torn_checkpoint_is_passed_over_with_a_warning(
+    tmp_path: Path, torn: str, caplog: pytest.LogCaptureFixture
+) -> None:
     save(tmp_path, 1)
     save(tmp_path, 2)
     path = epoch_folder(tmp_path, 2) / torn
     path.unlink() if torn == "manifest.json" else path.write_bytes(path.read_bytes()[:-1])
     assert find_checkpoint(tmp_path).state == {"epoch": 1}
+    (warning,) = caplog.messages
+    assert f"checkpoint {epoch_folder(tmp_path, 2)}" in warning
+    assert torn in warning
 
 
 class Killed(BaseException):
@@ -65,7 +73,11 @@ class Killed(BaseException):
 @pytest.mark.parametrize("function", ["save_file", "_write_json", "_sha256"])
 @pytest.mark.parametrize("again", [False, True])
 def test_a_killed_writer_leaves_the_checkpoint_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, again: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    function: str,
+    again: bool,
 ) -> None:
     save(tmp_path, 1)
     real = getattr(module, function)
@@ -83,9 +95,31 @@ def test_a_killed_writer_leaves_the_checkpoint_before(
     found = latest_checkpoint(tmp_path)
     assert found is not None
     assert found.state == {"epoch": 1}
+    assert not caplog.messages  # what a killed process leaves behind is no damage
     monkeypatch.undo()
     save(tmp_path, 2)  # what was left over is no obstacle
     assert find_checkpoint(tmp_path).state == {"epoch": 2}
+
+
+def test_a_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        save(tmp_path, 1)
+    assert raised.value.errno == errno.ENOSPC
+    assert str(tmp_path) in raised.value.filename
+
+
+def test_the_first_class_that_differs_is_named(tmp_path: Path) -> None:
+    save_checkpoint(epoch_folder(tmp_path, 1), {}, {"classes": ["background", "cat", "dog"]})
+    checkpoint = find_checkpoint(tmp_path)
+    check_classes(checkpoint, ("background", "cat", "dog"))
+    with pytest.raises(ValueError, match="was trained with class 1 = 'cat', in the data it is 'dog'"):
+        check_classes(checkpoint, ("background", "dog", "cat"))
+    with pytest.raises(ValueError, match="has 3 labels, the data has 2"):
+        check_classes(checkpoint, ("background", "cat"))
 
 
 def test_no_checkpoint_is_a_clear_error(tmp_path: Path) -> None:
