@@ -15,6 +15,7 @@ Background = Literal["rescored", "literal"]
 Score = Literal["validity", "mask"]
 InstanceLoss = Literal["iou", "log"]
 MatchingRule = Literal["sds", "authors", "voc07"]
+Device = Literal["auto", "cpu", "gpu"]
 
 
 class _Checked:
@@ -141,12 +142,14 @@ class TrainConfig(_Checked):
     ablation: Ablation = FULL
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     num_epochs: int = 1
-    num_workers: int = 2  # the batch: each takes one image a step, on a GPU of its own where there are enough
+    num_workers: int = 2  # the batch: each takes one image a step
+    device: Device = "auto"  # "gpu": a GPU for each worker; "auto": that if there are enough, else CPUs, and says so
     cpus_per_worker: int = 1
     learning_rate_crf: float = 0.05  # Adam, weights of kernels and detections
     learning_rate_compatibility: float = 0.005  # a tenth of the weights', as in CRF-as-RNN
     learning_rate_network: float = 1e-5  # semantic network, where it is trained
-    learning_rate_schedule: Literal["cosine", "constant"] = "cosine"  # cosine falls to 0 at the last step
+    # "cosine" falls to 0 at the last step of `num_epochs`, which therefore stays the same when a run is continued.
+    learning_rate_schedule: Literal["cosine", "constant"] = "cosine"
     semantic_loss_weight: float = 0.1
     instance_loss_weight: float = 1.0
     instance_loss: InstanceLoss = "iou"  # a mean over matched instances, or the cross-entropy over pixels
@@ -170,12 +173,12 @@ class AblateConfig(_Checked):
 
     data: str
     out: str  # report directory
-    # Checkpoint or run directory; default: the hand-set parameters of `model`. With one, `model` is what it was
-    # trained with, changed where the options given differ from their defaults.
-    checkpoint: str | None = None
-    model: ModelConfig = field(default_factory=ModelConfig)
+    checkpoint: str | None = None  # checkpoint or run directory; default: the hand-set weights of `model`
+    # What is run. None: what the checkpoint was trained with, or `ModelConfig()` without one.
+    model: ModelConfig | None = None
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    num_actors: int | None = None  # default: one per CPU
+    device: Device = "auto"  # "gpu": actors share the GPUs; "auto": that if there is one, else CPUs
+    num_actors: int | None = None  # default: one per CPU, with GPUs one per CPU of the nodes that have some
     num_figures: int = 6  # rows of the figure-3 panel
 
     def __post_init__(self) -> None:
@@ -190,3 +193,10 @@ class EvaluateConfig(AblateConfig):
     """workflows/evaluate.py: one network, or what an ablation leaves of it."""
 
     ablation: Ablation = FULL
+
+
+@dataclass(frozen=True)
+class DemoConfig(_Checked):
+    """workflows/demo.py: the workflows one after the other, on a generated data set."""
+
+    out: str = "runs/demo"

@@ -6,9 +6,7 @@ from pathlib import Path
 
 from instseg.config import AblateConfig, EvaluateConfig
 from instseg.data.dataset import PreparedDataset
-from instseg.jobs.cluster import cluster
-from instseg.jobs.evaluate import build_network, evaluate_ablation, start_tracker
-from instseg.jobs.evaluators import Evaluators
+from instseg.jobs.evaluate import evaluate_ablation, running_evaluators, start_tracker
 from instseg.jobs.tracking import how_to_open
 from instseg.report.tables import ROWS, Evaluation, ablation_tables, write_json
 
@@ -18,15 +16,9 @@ def ablate(config: AblateConfig) -> dict[str, Evaluation]:
 
     Raises as `evaluate`.
     """
-    dataset = PreparedDataset(config.data)
-    network = build_network(config, dataset)
-    out = Path(config.out)
+    dataset, out = PreparedDataset(config.data), Path(config.out)
     evaluations: dict[str, Evaluation] = {}
-    with (
-        start_tracker(config, "ablate", out) as parent,
-        cluster(config.num_actors),
-        Evaluators(dataset, network, config.num_actors) as evaluators,
-    ):
+    with running_evaluators(config, dataset) as (config, evaluators), start_tracker(config, "ablate", out) as parent:
         for row in ROWS:
             print(row.name, flush=True)
             of_row = EvaluateConfig(**vars(config), ablation=row.ablation)

@@ -11,13 +11,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from instseg.jobs.devices import Node
+
+
+class JobError(RuntimeError):
+    """A run that cannot go on although code, options and data are right: Ray does not start, a worker was killed."""
+
 
 @contextmanager
-def cluster(num_cpus: int | None = None) -> Iterator[None]:
+def cluster() -> Iterator[None]:
     """Connect to RAY_ADDRESS if set (as `ray job submit` does), else start Ray on this machine alone.
 
-    Args:
-        num_cpus: CPUs that a local cluster offers at least; default: this machine's.
+    Raises:
+        ConnectionError: If there is no cluster at RAY_ADDRESS.
+        JobError: If Ray does not start on this machine.
     """
     import ray
 
@@ -25,13 +32,29 @@ def cluster(num_cpus: int | None = None) -> Iterator[None]:
     if ours and "RAY_ADDRESS" in os.environ:
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     elif ours:
-        _start_local(max(num_cpus or 1, os.cpu_count() or 1))
+        _start_patiently()
     try:
         with _terminable():
             yield
     finally:
         if ours:
             ray.shutdown()
+
+
+def cluster_nodes() -> list[Node]:
+    """What the living nodes of the running cluster offer, whether others use it at the moment or not."""
+    import ray
+
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in resources]
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: of the machine, of its affinity and of its container, at least 1."""
+    from ray._private.utils import get_num_cpus  # knows the quotas of containers, but no affinity
+
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(affinity, int(get_num_cpus(override_docker_cpu_warning=True))))
 
 
 @contextmanager
@@ -47,7 +70,24 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
-def _start_local(num_cpus: int) -> None:
+def _start_patiently() -> None:
+    """Start Ray; once more if it fails, as it does where its processes need more than its 30 seconds to come up."""
+    import ray
+
+    try:
+        _start_local()
+    except Exception as error:  # Ray has no type of its own for this
+        print(f"warning: Ray did not start ({error}); trying once more", file=sys.stderr, flush=True)
+        ray.shutdown()
+        try:
+            _start_local()
+        except Exception as again:
+            raise JobError(
+                f"Ray did not start, twice: {again} Is this machine short of memory or very busy?"
+            ) from again
+
+
+def _start_local() -> None:
     import ray
     from ray._private import ray_constants
 
@@ -61,7 +101,7 @@ def _start_local(num_cpus: int) -> None:
     python_path = os.pathsep.join(filter(None, [str(repository), os.environ.get("PYTHONPATH")]))
     ray.init(
         address="local",
-        num_cpus=num_cpus,
+        num_cpus=usable_cpus(),
         include_dashboard=False,
         _node_ip_address="127.0.0.1",
         log_to_driver=False,

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, fields, is_dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from instseg.config import AblateConfig, Ablation, EvaluateConfig, ModelConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.evaluation.ap_r import ImageRecord
-from instseg.jobs.cluster import cluster
+from instseg.jobs.cluster import cluster, cluster_nodes
+from instseg.jobs.devices import describe, plan_evaluators
 from instseg.jobs.evaluators import Evaluators
+from instseg.jobs.folder import check_folder
 from instseg.jobs.tracking import Tracker, how_to_open
-from instseg.models.checkpoint import find_checkpoint, from_json
+from instseg.models.checkpoint import INITIAL_WEIGHTS, check_classes, find_checkpoint, from_json
 from instseg.models.network import InstanceNetwork
 from instseg.report.pictures import save_panel
 from instseg.report.provenance import commit, provenance
 from instseg.report.tables import Evaluation, summary, write_report
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=AblateConfig)
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -27,47 +32,55 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
     Raises:
         FileNotFoundError: If the data directory or the checkpoint is missing.
-        ValueError: If they do not fit each other or an image cannot be evaluated.
+        ValueError: If they do not fit each other, the cluster has less than was asked for, or an image cannot be
+            evaluated.
+        JobError: If Ray does not start or its actors die again and again.
     """
-    dataset = PreparedDataset(config.data)
-    network = build_network(config, dataset)
-    out = Path(config.out)
-    with (
-        start_tracker(config, "evaluate", out) as tracker,
-        cluster(config.num_actors),
-        Evaluators(dataset, network, config.num_actors) as evaluators,
-    ):
+    dataset, out = PreparedDataset(config.data), Path(config.out)
+    with running_evaluators(config, dataset) as (config, evaluators), start_tracker(config, "evaluate", out) as tracker:
         evaluation = evaluate_ablation(config, config.ablation, dataset, evaluators, out, tracker)
     print(f"{summary(evaluation)}\n\nreport: {config.out}\nMLflow: {how_to_open(config.tracking)}")
     return evaluation
 
 
-def build_network(config: AblateConfig, dataset: PreparedDataset) -> InstanceNetwork:
-    """The checkpoint's network, or that of the hand-set parameters, on the CPU.
+@contextmanager
+def running_evaluators(config: Config, dataset: PreparedDataset) -> Iterator[tuple[Config, Evaluators]]:
+    """Actors that hold the network, and `config` with what was chosen where it left a choice: model, device, actors."""
+    check_folder(Path(config.out))
+    if not len(dataset):
+        raise ValueError(f"data directory {config.data}: has no images")
+    network = build_network(config, dataset)
+    with cluster():
+        nodes = cluster_nodes()
+        plan = plan_evaluators(config.device, config.num_actors, len(dataset), nodes)
+        text = f"evaluating {len(dataset)} images with {plan.num_actors} actors on {plan.device.upper()}s"
+        print(f"{text}; the cluster has {describe(nodes)}", flush=True)
+        chosen = replace(config, model=network.config, device=plan.device, num_actors=plan.num_actors)
+        with Evaluators(dataset, network, plan) as evaluators:
+            yield chosen, evaluators
 
-    With a checkpoint, options given in `config.model` that differ from their defaults change its configuration.
+
+def build_network(config: AblateConfig, dataset: PreparedDataset) -> InstanceNetwork:
+    """The network that `config.model` describes, with the checkpoint's weights or the hand-set ones, on the CPU.
 
     Raises:
         FileNotFoundError: If there is no checkpoint.
-        ValueError: If it does not fit the data or the options.
+        ValueError: If it does not fit the data or the model, or `config.model` has initial weights other than its.
     """
     if config.checkpoint is None:
-        return InstanceNetwork(config.model, dataset.num_labels)
-    trained = from_json(ModelConfig, find_checkpoint(Path(config.checkpoint)).config["model"])
-    model = _override(trained, config.model, ModelConfig())
-    return InstanceNetwork.load(config.checkpoint, model, dataset.num_labels)
-
-
-def _override(base: Config, given: Config, default: Config) -> Config:
-    """`base` with the fields of `given` that differ from `default`."""
-    changes: dict[str, Any] = {}
-    for field in fields(base):  # pyright: ignore[reportArgumentType]
-        old, new, usual = (getattr(config, field.name) for config in (base, given, default))
-        if is_dataclass(old):
-            changes[field.name] = _override(old, new, usual)
-        elif new != usual:
-            changes[field.name] = new
-    return replace(base, **changes)  # pyright: ignore[reportArgumentType]
+        return InstanceNetwork(config.model or ModelConfig(), dataset.num_labels)
+    checkpoint = find_checkpoint(Path(config.checkpoint))
+    check_classes(checkpoint, dataset.classes)
+    trained = from_json(ModelConfig, checkpoint.config["model"])
+    for name in INITIAL_WEIGHTS:
+        before = attrgetter(name)(trained)
+        given = before if config.model is None else attrgetter(name)(config.model)
+        if given not in (None, before):
+            raise ValueError(
+                f"model.{name}: {given!r} has no effect beside checkpoint {checkpoint.folder}, whose weights were "
+                f"trained from {before!r}; leave it at that, or leave out the checkpoint"
+            )
+    return InstanceNetwork.load(checkpoint.folder, config.model or trained, dataset.num_labels)
 
 
 def start_tracker(config: AblateConfig, workflow: str, out: Path, parent: Tracker | None = None) -> Tracker:

@@ -14,12 +14,14 @@ from typing import Any, TypeVar
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util import ActorPool
 
 from instseg.config import Ablation, ModelConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.evaluation.ap_r import ImageRecord, image_record
+from instseg.jobs.cluster import JobError
+from instseg.jobs.devices import EvaluatorPlan, Processor
 from instseg.jobs.progress import progress
 from instseg.models.network import InstanceNetwork
 from instseg.structures import InstanceMap, Sample
@@ -34,26 +36,16 @@ class Evaluators:
     Args:
         dataset: What to evaluate on.
         network: Whose parameters are stored once for all actors.
-        num_actors: Default: one for each CPU. With GPUs in the cluster, the actors share them evenly.
-
-    Raises:
-        ValueError: If there are more actors than CPUs or the data set is empty.
+        plan: How many actors, and on what; see `plan_evaluators`.
     """
 
-    def __init__(self, dataset: PreparedDataset, network: InstanceNetwork, num_actors: int | None = None) -> None:
-        if not len(dataset):
-            raise ValueError("data: expected at least one image, got none")
-        num_cpus = int(ray.cluster_resources().get("CPU", 0))
-        num_actors = num_actors or min(num_cpus, len(dataset))
-        if num_actors > num_cpus:
-            raise ValueError(f"num_actors: expected at most the cluster's {num_cpus} CPUs, got {num_actors}")
-        num_gpus = min(1.0, ray.cluster_resources().get("GPU", 0) / num_actors)
-        actor = ray.remote(num_cpus=1, num_gpus=num_gpus, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS)(
-            _Evaluator
-        )
+    def __init__(self, dataset: PreparedDataset, network: InstanceNetwork, plan: EvaluatorPlan) -> None:
+        resources = {"num_cpus": 1, "num_gpus": plan.gpus_per_actor}
+        actor = ray.remote(**resources, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS)(_Evaluator)
         self._dataset = dataset
         self._state = ray.put({name: tensor.cpu().numpy() for name, tensor in network.state_dict().items()})
-        self._actors: list[Any] = [actor.remote(dataset, network.config, self._state) for _ in range(num_actors)]
+        arguments = (dataset, network.config, self._state, plan.device)
+        self._actors: list[Any] = [actor.remote(*arguments) for _ in range(plan.num_actors)]
 
     def records(self, ablation: Ablation) -> list[ImageRecord]:
         """Evaluate every image with what `ablation` leaves of the network, sorted by image id.
@@ -61,6 +53,7 @@ class Evaluators:
         Raises:
             ValueError: If an image or the network's parameters are unfit; names the image.
             RuntimeError: If an image fails otherwise; names the image.
+            JobError: If an actor dies more often than `MAX_RESTARTS`, or finds no GPU where one was promised.
         """
         indices = range(len(self._dataset))
         records = progress(self._map("record", indices, ablation), len(indices), "evaluated images")
@@ -80,6 +73,8 @@ class Evaluators:
             yield from pool.map_unordered(lambda actor, i: getattr(actor, method).remote(i, ablation), list(indices))
         except RayTaskError as error:
             raise error.cause from error
+        except RayActorError as error:  # its last line says why
+            raise JobError(f"an evaluator died: {str(error).strip().splitlines()[-1]}") from error
 
     def __enter__(self) -> Evaluators:
         return self
@@ -94,12 +89,14 @@ class Evaluators:
 class _Evaluator:
     """The actor."""
 
-    def __init__(self, dataset: PreparedDataset, config: ModelConfig, state: Mapping[str, np.ndarray]) -> None:
+    def __init__(
+        self, dataset: PreparedDataset, config: ModelConfig, state: Mapping[str, np.ndarray], device: Processor
+    ) -> None:
         torch.set_num_threads(1)
         self._dataset = dataset
         self._network = InstanceNetwork(replace(config, semantic_weights=None), dataset.num_labels)
         self._network.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
-        self._network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self._network.to("cuda" if device == "gpu" else "cpu").eval()
 
     def record(self, index: int, ablation: Ablation) -> ImageRecord:
         return self._named(index, lambda: self._record(index, ablation))

@@ -11,7 +11,8 @@ import pytest
 import ray
 
 from instseg.config import TrackingConfig
-from instseg.jobs.cluster import cluster
+from instseg.jobs import cluster as module
+from instseg.jobs.cluster import JobError, cluster, usable_cpus
 from instseg.jobs.tracking import Tracker
 
 
@@ -47,6 +48,52 @@ def test_outside_the_main_thread_signals_are_left_alone() -> None:
     thread.start()
     thread.join()
     assert entered == [before]
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("num_failures", [0, 1, 2])
+def test_ray_gets_a_second_try(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], num_failures: int
+) -> None:
+    failures = [Exception("The current node timed out during startup.")] * num_failures
+
+    def start() -> None:
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(module, "_start_local", start)
+    if num_failures == 2:
+        with pytest.raises(JobError, match="Ray did not start, twice: The current node timed out"), cluster():
+            pass
+    else:
+        with cluster():
+            pass
+    assert capsys.readouterr().err.count("trying once more") == min(num_failures, 1)
+
+
+@pytest.mark.parametrize(("quota", "expected"), [(1, 1), (0, 1), (10_000, len(os.sched_getaffinity(0)))])
+def test_cpus_are_those_of_the_container_and_of_the_affinity(
+    monkeypatch: pytest.MonkeyPatch, quota: int, expected: int
+) -> None:
+    """Ray reads the container's quota; half a CPU is none to it."""
+    monkeypatch.setattr("ray._private.utils._get_docker_cpus", lambda: quota)
+    assert usable_cpus() == expected
+
+
+def test_cpus_are_those_of_the_affinity() -> None:
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert usable_cpus() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def test_a_local_cluster_listens_on_loopback_only() -> None:

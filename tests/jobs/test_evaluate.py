@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import signal
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -11,20 +10,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instseg.config import FULL, AblateConfig, EvaluateConfig, InstanceCrfConfig, ModelConfig, TrackingConfig
+from instseg.config import (
+    FULL,
+    AblateConfig,
+    EvaluateConfig,
+    InstanceCrfConfig,
+    ModelConfig,
+    SemanticCrfConfig,
+    TrackingConfig,
+)
 from instseg.data.dataset import PreparedDataset
 from instseg.evaluation.ap_r import ImageRecord
 from instseg.jobs.ablate import ablate
+from instseg.jobs.cluster import JobError
+from instseg.jobs.devices import EvaluatorPlan
 from instseg.jobs.evaluate import build_network, evaluate
 from instseg.jobs.evaluators import Evaluators
-from instseg.jobs.tracking import resolve_uri
+from instseg.jobs.mlflow_server import resolve_uri
 from instseg.models.checkpoint import save_checkpoint
 from instseg.models.network import InstanceNetwork
 from instseg.report.tables import ROWS
 from instseg.structures import Sample
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
-WORKFLOWS = Path(__file__).parents[2] / "workflows"
 
 
 class Interfered(PreparedDataset):
@@ -53,7 +61,8 @@ def _by_value() -> Callable:
 
 
 def records_of(dataset: PreparedDataset, num_actors: int) -> list[ImageRecord]:
-    with Evaluators(dataset, InstanceNetwork(ModelConfig(), dataset.num_labels), num_actors) as evaluators:
+    plan = EvaluatorPlan("cpu", num_actors, 0.0)
+    with Evaluators(dataset, InstanceNetwork(ModelConfig(), dataset.num_labels), plan) as evaluators:
         return evaluators.records(FULL)
 
 
@@ -90,9 +99,9 @@ def test_an_image_that_fails_is_named(tiny_data: Path) -> None:
         records_of(Interfered(str(tiny_data), fail), 1)
 
 
-def test_more_actors_than_cpus_is_an_error(tiny_data: Path) -> None:
-    with pytest.raises(ValueError, match="num_actors: expected at most the cluster's 2 CPUs, got 3"):
-        records_of(PreparedDataset(str(tiny_data)), 3)
+def test_actors_that_die_again_and_again_end_the_run(tiny_data: Path) -> None:
+    with pytest.raises(JobError, match="an evaluator died: "):
+        records_of(Interfered(str(tiny_data), lambda: os.kill(os.getpid(), signal.SIGKILL)), 1)
 
 
 @pytest.fixture
@@ -117,14 +126,17 @@ def test_evaluate_reports_and_records(config: EvaluateConfig, capsys: pytest.Cap
     assert results["num_images"] == evaluation.num_images == len(PreparedDataset(config.data))
     assert results["metrics"] == pytest.approx(evaluation.metrics())
     assert results["config"]["model"]["semantic_crf"]["num_iterations"] == 5
+    assert (results["config"]["device"], results["config"]["num_actors"]) == ("cpu", 2)
     assert (out / "per_class.csv").read_text().startswith("class,num_instances,ap_r_0.1")
     assert (out / "panel.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert (out / "report.txt").read_text().splitlines()[2] in printed
     assert config.out in printed
+    assert "evaluating 7 images with 2 actors on CPUs; the cluster has 2 CPUs and 0 GPUs on 1 node" in printed
     assert "mlflow ui --backend-store-uri" in printed
     run = runs_of(config)["report"]
     assert run.info.status == "FINISHED"
+    assert run.data.params["device"] == "cpu"
     assert run.data.metrics["authors/ap_r_vol"] == pytest.approx(evaluation.metrics()["authors/ap_r_vol"])
     artifacts = {path.name for path in (out.parent / "mlartifacts").rglob("*") if path.is_file()}
     assert artifacts == {"results.json", "per_class.csv", "report.txt", "panel.png"}
@@ -146,36 +158,49 @@ def test_ablate_puts_the_rows_side_by_side(config: EvaluateConfig) -> None:
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
 
 
-def test_a_checkpoint_brings_its_model(config: EvaluateConfig, tmp_path: Path) -> None:
-    trained = replace(ModelConfig(), background="literal", instance_crf=InstanceCrfConfig(num_iterations=7))
-    network = InstanceNetwork(trained, 4)
-    network.instance_crf.spatial_weight.data.fill_(0.25)
-    save_checkpoint(tmp_path / "epoch_1", network.state_dict(), {"model": asdict(trained), "num_labels": 4})
-    config = replace(config, checkpoint=str(tmp_path / "epoch_1"), model=ModelConfig(score="mask"))
-    loaded = build_network(config, PreparedDataset(config.data))
-    assert loaded.config == replace(trained, score="mask")
-    assert loaded.instance_crf.spatial_weight.item() == 0.25
-    with pytest.raises(ValueError, match=r"trained with model\.semantic 'logits', not 'fcn8s'"):
-        build_network(replace(config, model=ModelConfig(semantic="fcn8s")), PreparedDataset(config.data))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--data", "nowhere", "--out", "x"], "run workflows/prepare.py first"),
-        (["--data", "d", "--out", "x", "--num-actor", "2"], "--num-actors"),
-    ],
+CLASSES = ["background", "square", "circle", "cross"]
+TRAINED = replace(
+    ModelConfig(),
+    background="literal",
+    semantic_crf=SemanticCrfConfig(spatial_weight=2.0),
+    instance_crf=InstanceCrfConfig(num_iterations=7),
 )
-@pytest.mark.parametrize("workflow", ["evaluate.py", "ablate.py"])
-def test_a_mistake_of_the_users_is_one_clear_message(
-    workflow: str,
-    arguments: list[str],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr("sys.argv", [workflow, *arguments])
-    with pytest.raises(SystemExit) as exit_status:
-        runpy.run_path(str(WORKFLOWS / workflow), run_name="__main__")
-    assert exit_status.value.code == 2
-    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A network trained with settings that are not the defaults."""
+    network = InstanceNetwork(TRAINED, 4)
+    network.instance_crf.spatial_weight.data.fill_(0.25)
+    settings = {"model": asdict(TRAINED), "num_labels": 4, "classes": CLASSES}
+    save_checkpoint(tmp_path / "epoch_1", network.state_dict(), settings)
+    return tmp_path / "epoch_1"
+
+
+def test_a_checkpoint_brings_its_model(config: EvaluateConfig, checkpoint: Path) -> None:
+    dataset = PreparedDataset(config.data)
+    config = replace(config, checkpoint=str(checkpoint))
+    loaded = build_network(config, dataset)
+    assert loaded.config == TRAINED
+    assert loaded.instance_crf.spatial_weight.item() == 0.25
+    asked = replace(TRAINED, background="rescored")  # the default, and not what it was trained with
+    assert build_network(replace(config, model=asked), dataset).config == asked
+    with pytest.raises(ValueError, match=r"trained with model\.semantic 'logits', not 'fcn8s'"):
+        build_network(replace(config, model=replace(TRAINED, semantic="fcn8s")), dataset)
+
+
+def test_initial_weights_beside_a_checkpoint_are_refused(config: EvaluateConfig, checkpoint: Path) -> None:
+    message = r"model\.semantic_crf\.spatial_weight: 1\.0 has no effect beside checkpoint .*trained from 2\.0"
+    with pytest.raises(ValueError, match=message):
+        build_network(
+            replace(config, checkpoint=str(checkpoint), model=ModelConfig()),
+            PreparedDataset(config.data),
+        )
+
+
+def test_classes_in_another_order_are_refused(config: EvaluateConfig, tmp_path: Path) -> None:
+    network = InstanceNetwork(ModelConfig(), 4)
+    settings = {"model": asdict(ModelConfig()), "num_labels": 4, "classes": ["background", "square", "cross", "circle"]}
+    save_checkpoint(tmp_path / "epoch_1", network.state_dict(), settings)
+    with pytest.raises(ValueError, match="was trained with class 2 = 'cross', in the data it is 'circle'"):
+        build_network(replace(config, checkpoint=str(tmp_path / "epoch_1")), PreparedDataset(config.data))
