@@ -19,6 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from instseg.config import TrainConfig
 from instseg.data.dataset import PreparedDataset
+from instseg.jobs.run_log import EpochLog
 from instseg.models.checkpoint import (
     FOLDER,
     Checkpoint,
@@ -29,9 +30,12 @@ from instseg.models.checkpoint import (
 from instseg.models.network import InstanceNetwork
 from instseg.structures import Sample
 from instseg.training.losses import instance_loss, semantic_loss
+from instseg.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer, set_learning_rate
 
-LOG = "train.log"
-_LINE_EVERY_S = 10.0
+_STEPS_PER_POINT = 10  # of the curves in MLflow
+# A checkpoint has the records of as many epochs as the driver may not have logged when it dies: one that waits in
+# Ray Train's queue, which holds one, one that waits for its place there, and one that is being logged.
+_NUM_RECORDS = 3
 
 
 class Objective(nn.Module):
@@ -70,6 +74,7 @@ class _Worker:
     optimizer: torch.optim.Adam
     rank: int
     num_workers: int
+    records: list[dict[str, Any]]  # of the latest epochs
 
     @property
     def steps_per_epoch(self) -> int:
@@ -88,25 +93,13 @@ def train_loop(loop_config: dict[str, TrainConfig]) -> None:
     worker = _build(config, checkpoint)
     for epoch in range(checkpoint.state["epoch"] if checkpoint else 0, config.num_epochs):
         start = time.monotonic()
-        losses = list(_train_epoch(worker, epoch))
+        losses = _mean_over_workers(list(_train_epoch(worker, epoch)), worker)
+        record = _record(worker, epoch, losses, time.monotonic() - start)
+        worker.records = [*worker.records, record][-_NUM_RECORDS:]
         if worker.rank == 0:
             _save(worker, epoch + 1)
         # Ray is told the numbers alone: its own record of checkpoints would be a second truth beside the manifests.
-        ray.train.report(
-            {
-                "epoch": epoch + 1,
-                "step": (epoch + 1) * worker.steps_per_epoch,
-                "semantic_loss": [semantic for semantic, _ in losses],
-                "instance_loss": [instance for _, instance in losses],
-                "seconds": time.monotonic() - start,
-            }
-        )
-
-
-def log_line(run: str, text: str) -> None:
-    """Append a line to the run's log, which the driver shows while it waits."""
-    with (Path(run) / LOG).open("a") as file:
-        file.write(f"{text}\n")
+        ray.train.report(record)
 
 
 def training_settings(config: TrainConfig, dataset: PreparedDataset) -> dict[str, Any]:
@@ -127,33 +120,29 @@ def _build(config: TrainConfig, checkpoint: Checkpoint | None) -> _Worker:
     if checkpoint:
         network.restore(checkpoint)
     objective = ray.train.torch.prepare_model(
-        Objective(network, config), parallel_strategy_kwargs={"gradient_as_bucket_view": True}
+        Objective(network, config),
+        # Left to itself, Ray takes the first GPU that it sees, reserved or not.
+        move_to_device=torch.device("cpu") if config.device == "cpu" else True,
+        parallel_strategy_kwargs={"gradient_as_bucket_view": True},
     )
-    compatibility = network.semantic_crf.dense.compatibility
-    weights = [parameter for parameter in network.crf_parameters() if parameter is not compatibility]
-    groups = [
-        {"params": weights, "lr": config.learning_rate_crf},
-        {"params": [compatibility], "lr": config.learning_rate_compatibility},
-        {"params": list(network.semantic_parameters()), "lr": config.learning_rate_network},
-    ]
-    optimizer = torch.optim.Adam([group for group in groups if group["params"]])
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
+    optimizer = build_optimizer(network, config)
     if checkpoint:
-        _restore_optimizer(optimizer, network, checkpoint)
+        restore_optimizer(optimizer, network, checkpoint)
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
-    return _Worker(config, dataset, network, objective, optimizer, rank, num_workers)
+    records = checkpoint.state.get("records", []) if checkpoint else []
+    return _Worker(config, dataset, network, objective, optimizer, rank, num_workers, records)
 
 
 def _train_epoch(worker: _Worker, epoch: int) -> Iterator[tuple[float, float]]:
     """Train on every image once; the semantic and instance loss of each step."""
-    report = _Progress(worker, epoch)
+    config = worker.config
+    log = EpochLog(config.out, f"epoch {epoch + 1}/{config.num_epochs}", worker.steps_per_epoch, worker.num_workers)
     for index, sample in enumerate(_samples(worker, epoch)):
         step = epoch * worker.steps_per_epoch + index
         # Dropout depends on the step alone, so that a resumed run repeats an uninterrupted one bit by bit.
-        torch.manual_seed(hash((worker.config.seed, step, worker.rank)) % 2**63)
-        _set_learning_rate(worker, step)
+        torch.manual_seed(hash((config.seed, step, worker.rank)) % 2**63)
+        set_learning_rate(worker.optimizer, config, step, config.num_epochs * worker.steps_per_epoch)
         worker.optimizer.zero_grad(set_to_none=True)
         total, semantic, instance = worker.objective(sample)
         if not torch.isfinite(total):
@@ -161,8 +150,37 @@ def _train_epoch(worker: _Worker, epoch: int) -> Iterator[tuple[float, float]]:
         total.backward()
         worker.optimizer.step()
         losses = semantic.item(), instance.item()
-        report.add(index, losses)
+        if worker.rank == 0:
+            log.add(index, losses)
         yield losses
+
+
+def _mean_over_workers(losses: list[tuple[float, float]], worker: _Worker) -> list[list[float]]:
+    """The semantic and the instance loss of each step; all workers take equally many."""
+    sums = torch.tensor(losses, dtype=torch.float64)  # (steps, 2)
+    if worker.num_workers > 1:
+        sums = sums.to(next(worker.network.parameters()).device)
+        torch.distributed.all_reduce(sums)
+    return (sums / worker.num_workers).T.tolist()
+
+
+def _record(worker: _Worker, epoch: int, losses: list[list[float]], seconds: float) -> dict[str, Any]:
+    """What the driver logs of an epoch, as JSON values."""
+    num_steps = worker.steps_per_epoch
+    spans = [(begin, min(begin + _STEPS_PER_POINT, num_steps)) for begin in range(0, num_steps, _STEPS_PER_POINT)]
+    semantic, instance = losses
+    return {
+        "epoch": epoch + 1,
+        "step": (epoch + 1) * num_steps,
+        "time_ms": int(time.time() * 1000),
+        "points": [
+            [epoch * num_steps + end, *(sum(curve[begin:end]) / (end - begin) for curve in losses)]
+            for begin, end in spans
+        ],
+        "semantic_loss": sum(semantic) / num_steps,
+        "instance_loss": sum(instance) / num_steps,
+        "images_per_second": num_steps * worker.num_workers / seconds,
+    }
 
 
 def _samples(worker: _Worker, epoch: int) -> DataLoader[Sample]:
@@ -180,62 +198,14 @@ def _samples(worker: _Worker, epoch: int) -> DataLoader[Sample]:
     return DataLoader(worker.dataset, batch_size=None, sampler=sampler)  # pyright: ignore[reportArgumentType]
 
 
-def _set_learning_rate(worker: _Worker, step: int) -> None:
-    num_steps = worker.config.num_epochs * worker.steps_per_epoch
-    cosine = worker.config.learning_rate_schedule == "cosine"
-    factor = 0.5 * (1 + math.cos(math.pi * step / num_steps)) if cosine else 1.0
-    for group in worker.optimizer.param_groups:
-        group["lr"] = factor * group["initial_lr"]
-
-
-class _Progress:
-    """Logs rank 0's mean losses so far every few seconds."""
-
-    def __init__(self, worker: _Worker, epoch: int) -> None:
-        self.worker = worker
-        self.epoch = epoch
-        self.sums = [0.0, 0.0]
-        self.start = self.last = time.monotonic()
-
-    def add(self, index: int, losses: tuple[float, float]) -> None:
-        self.sums = [total + loss for total, loss in zip(self.sums, losses, strict=True)]
-        now = time.monotonic()
-        if self.worker.rank == 0 and now - self.last > _LINE_EVERY_S:
-            self.last = now
-            done, num_steps = index + 1, self.worker.steps_per_epoch
-            semantic, instance = (total / done for total in self.sums)
-            rate = done * self.worker.num_workers / (now - self.start)
-            log_line(
-                self.worker.config.out,
-                f"epoch {self.epoch + 1}/{self.worker.config.num_epochs}, step {done}/{num_steps}: "
-                f"semantic loss {semantic:.4f}, instance loss {instance:.4f}, {rate:.2f} images/s",
-            )
-
-
 def _save(worker: _Worker, epoch: int) -> None:
     run = Path(worker.config.out)
     save_checkpoint(
         epoch_folder(run, epoch),
         worker.network.state_dict(),
         training_settings(worker.config, worker.dataset),
-        _optimizer_tensors(worker.optimizer, worker.network),
-        {"epoch": epoch, "step": epoch * worker.steps_per_epoch},
+        optimizer_tensors(worker.optimizer, worker.network),
+        {"epoch": epoch, "step": epoch * worker.steps_per_epoch, "records": worker.records},
     )
     for folder in sorted((run / FOLDER).glob("epoch_*"))[: -worker.config.keep_checkpoints]:
         shutil.rmtree(folder)
-
-
-def _optimizer_tensors(optimizer: torch.optim.Adam, network: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{name}.{quantity}": tensor
-        for name, parameter in network.named_parameters()
-        for quantity, tensor in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _restore_optimizer(optimizer: torch.optim.Adam, network: nn.Module, checkpoint: Checkpoint) -> None:
-    parameters = dict(network.named_parameters())
-    for key, tensor in checkpoint.optimizer().items():
-        name, quantity = key.rsplit(".", 1)
-        device = "cpu" if quantity == "step" else parameters[name].device
-        optimizer.state[parameters[name]][quantity] = tensor.to(device)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -21,8 +24,11 @@ from safetensors.torch import load_file
 from instseg.config import ModelConfig, TrackingConfig, TrainConfig
 from instseg.data.files import read_json, sha256_of, write_json
 from instseg.data.schema import SCHEMA
+from instseg.jobs import train as driver
+from instseg.jobs.devices import Node
 from instseg.jobs.train import train
-from instseg.models.checkpoint import epoch_folder, find_checkpoint
+from instseg.jobs.train_checks import check_same_run
+from instseg.models.checkpoint import Checkpoint, epoch_folder, find_checkpoint
 from instseg.models.network import InstanceNetwork
 
 psutil = import_module("psutil", ray.__name__)  # Ray brings it along, and makes it importable
@@ -32,6 +38,8 @@ pytestmark = [
 ]
 
 
+WORKFLOWS = Path(__file__).parents[2] / "workflows"
+UNREACHABLE = TrackingConfig(uri="http://127.0.0.1:9")
 NUM_EPOCHS, STEPS_PER_EPOCH = 6, 4  # 7 images on 2 workers
 
 
@@ -70,7 +78,8 @@ def test_training_lowers_the_losses_and_leaves_a_network(finished: TrainConfig) 
     assert not unchanged
     losses = [float(line.split("semantic loss ")[1].split(",")[0]) for line in epochs_in_log(run)]
     assert losses[-1] < losses[0]
-    assert find_checkpoint(run).state == {"epoch": NUM_EPOCHS, "step": NUM_EPOCHS * STEPS_PER_EPOCH}
+    state = find_checkpoint(run).state
+    assert (state["epoch"], state["step"]) == (NUM_EPOCHS, NUM_EPOCHS * STEPS_PER_EPOCH)
     assert not epoch_folder(run, 1).exists()  # only the latest are kept
     assert InstanceNetwork.load(run).num_labels == 4
     assert not (run / "ray").exists()
@@ -80,17 +89,28 @@ def epochs_in_log(run: Path) -> list[str]:
     return [line for line in (run / "train.log").read_text().splitlines() if " done, " in line]
 
 
-def test_mlflow_has_every_step(finished: TrainConfig) -> None:
+def recorded(config: TrainConfig) -> tuple[Any, Any]:
+    """MLflow's client and its one run."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(finished.tracking.uri)
-    experiment = client.get_experiment_by_name(finished.tracking.experiment)
+    client = MlflowClient(config.tracking.uri)
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
+    return client, run
+
+
+def steps_of(client: Any, run: Any, name: str) -> list[int]:
+    return [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
+
+
+def test_mlflow_has_every_step(finished: TrainConfig) -> None:
+    client, run = recorded(finished)
     assert run.info.status == "FINISHED"
     assert run.data.params["train.num_epochs"] == str(NUM_EPOCHS)
-    steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "epoch_instance_loss")]
-    assert steps == [STEPS_PER_EPOCH * epoch for epoch in range(1, NUM_EPOCHS + 1)]
+    assert run.data.params["train.device"] == "cpu"
+    for name in ("epoch_instance_loss", "semantic_loss"):
+        assert steps_of(client, run, name) == [STEPS_PER_EPOCH * epoch for epoch in range(1, NUM_EPOCHS + 1)]
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"model.safetensors", "config.json"}
 
 
@@ -99,6 +119,22 @@ def test_a_finished_run_is_left_alone(finished: TrainConfig, capsys: pytest.Capt
     train(finished)
     assert "nothing to do" in capsys.readouterr().out
     assert tensors_of(Path(finished.out)) == before
+
+
+def test_a_driver_killed_before_it_logged_is_made_up_for(finished: TrainConfig, tmp_path: Path) -> None:
+    """All checkpoints are there, and the spool says that the run was not finished in MLflow, which knows nothing."""
+    shutil.copytree(finished.out, tmp_path / "run")
+    (tmp_path / "run" / "mlflow_spool.jsonl").touch()
+    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    config = replace(finished, out=str(tmp_path / "run"), tracking=tracking)
+    train(config)
+    client, run = recorded(config)
+    assert run.info.status == "FINISHED"
+    latest = [STEPS_PER_EPOCH * epoch for epoch in range(NUM_EPOCHS - 2, NUM_EPOCHS + 1)]
+    assert steps_of(client, run, "epoch_instance_loss") == steps_of(client, run, "semantic_loss") == latest
+    _, original = recorded(finished)
+    assert run.data.metrics == original.data.metrics
+    assert not (tmp_path / "run" / "mlflow_spool.jsonl").exists()
 
 
 def test_torn_checkpoint_killed_worker_and_no_mlflow_change_nothing(
@@ -118,10 +154,18 @@ def test_torn_checkpoint_killed_worker_and_no_mlflow_change_nothing(
     assert tensors_of(run) == tensors_of(Path(finished.out))
     assert "failed" in (run / "train.log").read_text()
     assert sum("cannot be reached" in record.message for record in caplog.records) <= 1
-    operations = [json.loads(line)["op"] for line in (run / "mlflow_spool.jsonl").read_text().splitlines()]
+    assert any(f"checkpoint {epoch_folder(run, 3)}: model.safetensors is damaged" in text for text in caplog.messages)
+    events = [json.loads(line) for line in (run / "mlflow_spool.jsonl").read_text().splitlines()]
+    operations = [event["op"] for event in events]
     assert operations[0] == "start"
     assert operations[-1] == "finish"
-    assert operations.count("metrics") >= 2
+    # Epoch 2 was done before: its record comes from the checkpoint.
+    assert {event["step"] for event in events if event["op"] == "metrics"} >= {8, 12, 16, 20, 24}
+
+    later = replace(finished, out=str(run), tracking=TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}"))
+    train(later)  # nothing is left to do but to tell MLflow
+    assert recorded(later)[1].info.status == "FINISHED"
+    assert not (run / "mlflow_spool.jsonl").exists()
 
 
 def kill_a_worker_when_repaired(folder: Path) -> None:
@@ -153,6 +197,76 @@ def test_a_run_directory_belongs_to_one_configuration(finished: TrainConfig) -> 
     changed = replace(finished, model=replace(finished.model, semantic="fcn8s"))
     with pytest.raises(ValueError, match=r"was trained with model\.semantic = 'logits', not 'fcn8s'"):
         train(changed)
+
+
+def test_a_cosine_cannot_be_made_longer(finished: TrainConfig) -> None:
+    message = r"was trained with train\.num_epochs = 6, not 8; the learning rate falls to 0 at the last of them"
+    with pytest.raises(ValueError, match=message):
+        train(replace(finished, num_epochs=8))
+
+
+def test_a_constant_rate_can_go_on() -> None:
+    settings = {"classes": [], "train": {"learning_rate_schedule": "constant", "num_epochs": 1}}
+    longer = {"classes": [], "train": {"learning_rate_schedule": "constant", "num_epochs": 2}}
+    check_same_run(Checkpoint(Path("run/checkpoints/epoch_0001"), settings, {}), longer)
+
+
+def test_classes_in_another_order_are_refused(finished: TrainConfig, tiny_data: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_data, tmp_path / "data")
+    manifest = json.loads((tiny_data / "manifest.json").read_text())
+    manifest["classes"][2:] = reversed(manifest["classes"][2:])
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="was trained with class 2 = 'circle', in the data it is 'cross'"):
+        train(replace(finished, data=str(tmp_path / "data")))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_more_workers_than_the_cluster_has(tiny_data: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_data, tmp_path / "run")
+    with pytest.raises(
+        ValueError, match=r"num_workers: expected at most 2 .* got 3; the cluster has 2 CPUs and 0 GPUs"
+    ):
+        train(replace(config, num_workers=3))
+    with pytest.raises(ValueError, match="num_workers: expected at most 0 with 1 CPU and a GPU each"):
+        train(replace(config, device="gpu"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("num_workers", "device", "warns"), [(2, "cpu", True), (1, "gpu", False)])
+def test_a_gpu_is_never_left_idle_silently(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], num_workers: int, device: str, warns: bool
+) -> None:
+    monkeypatch.setattr(driver, "cluster_nodes", lambda: [Node(8, 1)])
+    assert driver._with_device(TrainConfig("d", "o", num_workers=num_workers)).device == device
+    assert ("warning: training on CPUs" in capsys.readouterr().err) == warns
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_that_cannot_write_says_so(tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").touch()  # a file where the folder belongs
+    config = replace(make_config(tiny_data, run), num_workers=1, max_failures=0, tracking=UNREACHABLE)
+    with pytest.raises(OSError, match="checkpoints") as raised:
+        train(config)
+    assert raised.value.errno in (errno.EEXIST, errno.ENOTDIR)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_ctrl_c_is_one_line_and_status_130(tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = [f"--data={tiny_data}", f"--out={run}", "--num-epochs=1000", "--num-workers=1"]
+    command = [sys.executable, str(WORKFLOWS / "train.py"), *options, f"--tracking.uri={UNREACHABLE.uri}"]
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert any("epoch 1/1000 done" in line for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 130, said
+    assert said.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in said
+    assert '"status": "KILLED"' in (run / "mlflow_spool.jsonl").read_text().splitlines()[-1]
 
 
 def test_data_is_checked_before_a_worker_starts(tiny_data: Path, tmp_path: Path) -> None:

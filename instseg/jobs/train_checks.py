@@ -1,0 +1,70 @@
+"""What can be wrong with a training run, checked before a worker starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from instseg.config import ModelConfig, TrainConfig
+from instseg.data.dataset import PreparedDataset
+from instseg.models.checkpoint import Checkpoint, check_classes
+from instseg.models.network import InstanceNetwork
+from instseg.models.semantic import FCN8S, LOGITS
+
+# What may differ between a run and its continuation: where things are, and how long and how safely to go on.
+_FREE = {"out", "data", "semantic_weights", "cpus_per_worker", "device", "max_failures", "keep_checkpoints"}
+
+
+def check_data(config: TrainConfig, dataset: PreparedDataset) -> None:
+    """Raise ValueError if the data lacks what this training needs."""
+    if len(dataset) == 0:
+        raise ValueError(f"data directory {config.data}: has no images")
+    sample = dataset[0]
+    if sample.semantic is None or sample.instances is None:
+        raise ValueError(f"data directory {config.data}: has no ground truth to train on")
+    if config.model.semantic != LOGITS:
+        return
+    if sample.logits is None:
+        advice = "prepare it with --logits, or choose a semantic network with --model.semantic"
+        raise ValueError(f"data directory {config.data}: has no logits; {advice}")
+    if len(sample.logits) != dataset.num_labels:
+        got = f"logits of {len(sample.logits)} labels, expected {dataset.num_labels}"
+        raise ValueError(f"data directory {config.data}: {got}")
+
+
+def check_model(config: ModelConfig, num_labels: int) -> None:
+    """Raise if there is no such network (ValueError) or no file of initial weights (FileNotFoundError)."""
+    with torch.device("meta"):  # takes no time and no memory
+        InstanceNetwork(replace(config, semantic_weights=None), num_labels)
+    weights = config.semantic_weights
+    if config.semantic == FCN8S and weights is not None and not Path(weights).is_file():
+        raise FileNotFoundError(f"model.semantic_weights: no file {weights}")
+
+
+def check_same_run(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
+    """Raise ValueError if a run with `settings` is not a continuation of the one that left the checkpoint."""
+    check_classes(checkpoint, settings["classes"])
+    # The cosine's length is `num_epochs`; a constant rate can go on for any time.
+    free = _FREE | ({"num_epochs"} if settings["train"]["learning_rate_schedule"] == "constant" else set())
+    before, now = _leaves(checkpoint.config, free), _leaves(settings, free)
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if old != new:
+            why = "; the learning rate falls to 0 at the last of them" if name == "train.num_epochs" else ""
+            raise ValueError(
+                f"out: {checkpoint.folder.parents[1]} was trained with {name} = {old!r}, not {new!r}{why}; "
+                "use the same value to continue, or another --out"
+            )
+
+
+def _leaves(settings: dict[str, Any], free: set[str], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            leaves |= _leaves(value, free, f"{prefix}{name}.")
+        elif name not in free:
+            leaves[prefix + name] = value
+    return leaves

@@ -1,0 +1,119 @@
+"""Ray Train's part of a training: workers, their failures, and what they report of each epoch."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from instseg.config import TrainConfig
+from instseg.jobs.cluster import JobError
+from instseg.jobs.run_log import log_line, shown
+from instseg.jobs.tracking import Tracker
+from instseg.jobs.train_loop import train_loop
+
+
+def fit(config: TrainConfig, tracker: Tracker) -> None:
+    """Train in workers of the running cluster, on `config.device`; print their log, record each epoch.
+
+    Raises:
+        ValueError, OSError, FloatingPointError: As the worker did.
+        JobError: If a worker's process died.
+        KeyboardInterrupt: On Ctrl-C.
+        ray.train.TrainingFailedError: With the worker's traceback, whatever else it was.
+    """
+    ray_folder = Path(config.out) / "ray"
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={"config": config},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=config.device == "gpu",
+            resources_per_worker={"CPU": config.cpus_per_worker},
+        ),
+        run_config=ray.train.RunConfig(
+            name=ray_folder.name,
+            storage_path=config.out,
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            callbacks=[_Report(tracker, config)],
+        ),
+    )
+    try:
+        with shown(config.out), _interruptible():
+            trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise _reason(error) from error
+    finally:
+        shutil.rmtree(ray_folder, ignore_errors=True)
+
+
+def log_epoch(tracker: Tracker, record: dict[str, Any]) -> None:
+    """Log what `train_loop` recorded of an epoch. Once more changes nothing."""
+    for step, semantic, instance in record["points"]:
+        tracker.log_metrics({"semantic_loss": semantic, "instance_loss": instance}, step, record["time_ms"])
+    epoch = {f"epoch_{name}": record[name] for name in ("semantic_loss", "instance_loss")}
+    epoch["images_per_second"] = record["images_per_second"]
+    tracker.log_metrics(epoch, record["step"], record["time_ms"])
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Make Ctrl-C a KeyboardInterrupt. Ray Train leaves with status 0, and stays in charge of the signal after that."""
+    previous = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as leaving:
+        if leaving.code:  # by another signal
+            raise
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, previous)
+
+
+def _reason(failed: ray.train.TrainingFailedError) -> Exception:
+    """What a person can act on: the worker's own error, or that its process died. Else the failure as it is."""
+    errors: list[Exception] = list(getattr(failed, "worker_failures", {}).values())
+    errors = errors or [getattr(failed, "controller_failure", failed)]
+    for error in errors:
+        if isinstance(error, (ValueError, OSError, FloatingPointError)):
+            return error
+    if all(type(error).__module__.startswith("ray.") for error in errors):
+        return JobError(f"training failed: {_last_line(errors[0])}")
+    return failed
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
+class _Report(ray.train.UserCallback):
+    """Records each epoch. It lives in Ray Train's controller, a process on the driver's machine."""
+
+    def __init__(self, tracker: Tracker, config: TrainConfig) -> None:
+        self.tracker = tracker
+        self.config = config
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Every worker reports the same record."""
+        record = metrics[0]
+        log_epoch(self.tracker, record)
+        log_line(
+            self.config.out,
+            f"epoch {record['epoch']}/{self.config.num_epochs} done, step {record['step']}: "
+            f"semantic loss {record['semantic_loss']:.4f}, instance loss {record['instance_loss']:.4f}, "
+            f"{record['images_per_second']:.2f} images/s",
+        )
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Name the worker that failed; Ray Train restarts all of them from the latest checkpoint."""
+        for rank, error in worker_exceptions.items():
+            log_line(self.config.out, f"worker {rank} failed: {_last_line(error)}")
