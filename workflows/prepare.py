@@ -4,23 +4,9 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installing the package
 
-import tyro
-
-from instseg.config import PrepareConfig
-from instseg.jobs.prepare import prepare
-
-
-def main() -> None:
-    """Parse the options and run; a mistake of the user's is one line and exit status 2."""
-    config = tyro.cli(PrepareConfig, description=__doc__)
-    try:
-        prepare(config)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
+from instseg.jobs.command_line import prepare
 
 if __name__ == "__main__":
-    main()
+    prepare()

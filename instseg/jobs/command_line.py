@@ -1,0 +1,119 @@
+"""The commands: options in, one run of a workflow, and whatever a user can cause as one line and an exit status.
+
+Torch, Ray and MLflow take seconds to import, which --help and mistyped options are spared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from instseg.config import AblateConfig, DemoConfig, EvaluateConfig, ModelConfig, PrepareConfig, TrainConfig
+from instseg.jobs.cluster import JobError
+from instseg.recipes import RECIPES, find_recipe
+
+MISTAKE, INTERRUPTED = 2, 130  # exit statuses
+Config = TypeVar("Config", bound=AblateConfig)
+
+
+def prepare() -> None:
+    """Prepare a data directory: images, ground truth, logits and detections with foregrounds, as Parquet shards."""
+    _run("prepare", lambda: tyro.cli(PrepareConfig, description=prepare.__doc__))
+
+
+def train() -> None:
+    """Train on a prepared data directory: checkpoints and an MLflow run."""
+    _run("train", _parse_training)
+
+
+def evaluate() -> None:
+    """Evaluate a network on a prepared data set: AP^r and mean IoU, a report and an MLflow run."""
+    _run("evaluate", lambda: _parse_evaluation(EvaluateConfig, evaluate.__doc__))
+
+
+def ablate() -> None:
+    """Evaluate the rows of the paper's Table 1, and two simpler methods, side by side."""
+    _run("ablate", lambda: _parse_evaluation(AblateConfig, ablate.__doc__))
+
+
+def demo() -> None:
+    """The whole system on a generated data set, in minutes on two cores: prepare, train, ablate."""
+    _run("demo", lambda: tyro.cli(DemoConfig, description=demo.__doc__))
+
+
+def _run(job: str, parse: Callable[[], Any]) -> None:
+    """Run a workflow. Mistakes and failures of the machine are one line; any other exception is a bug, and raised."""
+    out = "."
+    try:
+        config = parse()
+        out = config.out
+        getattr(import_module(f"instseg.jobs.{job}"), job)(config)
+    except KeyboardInterrupt:
+        _leave("interrupted", INTERRUPTED)
+    except OSError as error:
+        _leave(f"error: {_explain(error, out)}", MISTAKE)
+    except (ValueError, FloatingPointError, JobError) as error:
+        _leave(f"error: {error}", MISTAKE)
+
+
+def _leave(message: str, status: int) -> None:
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(status)
+
+
+def _explain(error: OSError, out: str) -> str:
+    """A full disk with its folder; the file before what is wrong with it."""
+    if error.errno == errno.ENOSPC:
+        return f"no space left on the disk of {error.filename or out}; make room and run the same command again"
+    return str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
+
+
+def _parse_training() -> TrainConfig:
+    """The recipe decides what the other options default to, so it is read before them."""
+    name, arguments = _taken("--recipe")
+    recipe = find_recipe(name or RECIPES[0].__name__)
+    recipes = "; ".join(f"{recipe.__name__}: {recipe.__doc__}" for recipe in RECIPES)
+    description = f"{train.__doc__} --recipe NAME (default {RECIPES[0].__name__}) sets the defaults below. {recipes}"
+    default = recipe(tyro.MISSING, tyro.MISSING)
+    return tyro.cli(TrainConfig, default=default, description=description, args=arguments)
+
+
+def _parse_evaluation(kind: type[Config], description: str | None) -> Config:
+    """The checkpoint decides what the options of the model default to, so it is read before them."""
+    path, arguments = _taken("--checkpoint")
+    default = kind(tyro.MISSING, tyro.MISSING, model=ModelConfig())
+    if path is not None:
+        from instseg.models.checkpoint import INITIAL_WEIGHTS, find_checkpoint, from_json
+
+        checkpoint = find_checkpoint(Path(path))
+        for name in INITIAL_WEIGHTS:
+            _refuse(f"--model.{name}", arguments, f"has no effect beside the trained weights of {checkpoint.folder}")
+        model = from_json(ModelConfig, checkpoint.config["model"])
+        default = replace(default, checkpoint=str(checkpoint.folder), model=model)
+    description = f"{description} --checkpoint sets the defaults of --model to what it was trained with."
+    return tyro.cli(
+        kind, default=default, description=description, args=arguments, config=(tyro.conf.AvoidSubcommands,)
+    )
+
+
+def _taken(option: str) -> tuple[str | None, list[str]]:
+    """The value of one option, and the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(option, dest="value")
+    found, others = parser.parse_known_args()
+    return found.value, others
+
+
+def _refuse(option: str, arguments: list[str], why: str) -> None:
+    """Raise ValueError if an option is among the arguments, which may spell it with hyphens or underscores."""
+    given = {argument.split("=")[0].replace("_", "-") for argument in arguments}
+    if option.replace("_", "-") in given:
+        raise ValueError(f"{option.replace('_', '-')}: {why}; leave it out")

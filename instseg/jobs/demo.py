@@ -1,0 +1,27 @@
+"""The whole system on a generated data set."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from instseg.config import AblateConfig, DemoConfig, PrepareConfig, TrackingConfig
+from instseg.data.synthetic import write_synthetic_devkit
+from instseg.jobs.ablate import ablate
+from instseg.jobs.prepare import prepare
+from instseg.jobs.train import train
+from instseg.recipes import synthetic
+
+
+def demo(config: DemoConfig) -> None:
+    """Run the workflows one after the other into the folder `config.out`. Raises as they do."""
+    out = Path(config.out)
+    tracking = TrackingConfig(uri=f"sqlite:///{out.resolve()}/mlflow.db")
+    devkit = out / "devkit"
+    write_synthetic_devkit(str(devkit), num_train=60, num_val=40, seed=0)
+    for split in ("train", "val"):
+        inputs = PrepareConfig(str(devkit), split, detections=f"{devkit}/detections.json", out=str(out / split))
+        prepare(replace(inputs, logits=f"{devkit}/logits", classes=f"{devkit}/classes.txt"))
+    run = replace(synthetic(str(out / "train"), str(out / "run")), tracking=tracking)
+    train(run)
+    ablate(AblateConfig(str(out / "val"), str(out / "report"), checkpoint=run.out, tracking=tracking))
