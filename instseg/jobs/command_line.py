@@ -14,7 +14,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tyro
+try:
+    import tyro
+except ModuleNotFoundError:
+    print("error: this command needs instseg[jobs]: pip install 'instseg[jobs]'", file=sys.stderr)
+    sys.exit(2)
 
 from instseg.config import AblateConfig, DemoConfig, EvaluateConfig, ModelConfig, PrepareConfig, TrainConfig
 from instseg.jobs.cluster import JobError

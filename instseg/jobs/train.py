@@ -80,7 +80,7 @@ def _continue(config: TrainConfig, dataset: PreparedDataset, checkpoint: Checkpo
             flush=True,
         )
         with _recorded(config, dataset, checkpoint) as tracker:
-            fit(config, tracker)
+            fit(config, tracker, epoch)
 
 
 def _with_device(config: TrainConfig) -> TrainConfig:
@@ -104,9 +104,14 @@ def _recorded(config: TrainConfig, dataset: PreparedDataset, checkpoint: Checkpo
     """The MLflow run: first what the checkpoint knows of it, at the end the latest checkpoint itself."""
     run, settings = Path(config.out), training_settings(config, dataset)
     with Tracker.start(config.tracking, run.name, settings, {"workflow": "train"}, run / _SPOOL) as tracker:
-        for record in checkpoint.state.get("records", []) if checkpoint else []:
-            log_epoch(tracker, record)
+        _log_records(tracker, checkpoint)
         yield tracker
-        folder = find_checkpoint(run).folder
+        latest = find_checkpoint(run)
+        _log_records(tracker, latest)  # workers that died after their last checkpoint have not reported it
         for name in ("model.safetensors", "config.json"):
-            tracker.log_artifact(folder / name)
+            tracker.log_artifact(latest.folder / name)
+
+
+def _log_records(tracker: Tracker, checkpoint: Checkpoint | None) -> None:
+    for record in checkpoint.state.get("records", []) if checkpoint else []:
+        log_epoch(tracker, record)

@@ -21,8 +21,8 @@ from instseg.jobs.tracking import Tracker
 from instseg.jobs.train_loop import train_loop
 
 
-def fit(config: TrainConfig, tracker: Tracker) -> None:
-    """Train in workers of the running cluster, on `config.device`; print their log, record each epoch.
+def fit(config: TrainConfig, tracker: Tracker, epoch: int) -> None:
+    """Train in workers of the running cluster, on `config.device`; print their log, record each epoch after `epoch`.
 
     Raises:
         ValueError, OSError, FloatingPointError: As the worker did.
@@ -43,7 +43,7 @@ def fit(config: TrainConfig, tracker: Tracker) -> None:
             name=ray_folder.name,
             storage_path=config.out,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            callbacks=[_Report(tracker, config)],
+            callbacks=[_Report(tracker, config, epoch)],
         ),
     )
     try:
@@ -98,13 +98,19 @@ def _last_line(error: Exception) -> str:
 class _Report(ray.train.UserCallback):
     """Records each epoch. It lives in Ray Train's controller, a process on the driver's machine."""
 
-    def __init__(self, tracker: Tracker, config: TrainConfig) -> None:
+    def __init__(self, tracker: Tracker, config: TrainConfig, epoch: int) -> None:
         self.tracker = tracker
         self.config = config
+        self.epoch = epoch  # the latest that is recorded
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Every worker reports the same record."""
-        record = metrics[0]
+        """Every worker reports the same; workers that died between saving and reporting left an epoch to the next."""
+        for record in metrics[0]["records"]:
+            if record["epoch"] > self.epoch:
+                self.epoch = record["epoch"]
+                self._log(record)
+
+    def _log(self, record: dict[str, Any]) -> None:
         log_epoch(self.tracker, record)
         log_line(
             self.config.out,

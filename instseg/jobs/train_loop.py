@@ -99,7 +99,7 @@ def train_loop(loop_config: dict[str, TrainConfig]) -> None:
         if worker.rank == 0:
             _save(worker, epoch + 1)
         # Ray is told the numbers alone: its own record of checkpoints would be a second truth beside the manifests.
-        ray.train.report(record)
+        ray.train.report({"records": worker.records})
 
 
 def training_settings(config: TrainConfig, dataset: PreparedDataset) -> dict[str, Any]:

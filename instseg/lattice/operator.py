@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,11 +55,11 @@ class Lattice(ABC):
         """
 
     @abstractmethod
-    def adjoint(self) -> Self:
+    def adjoint(self) -> Lattice:
         """The operators' transposes: splat and slice change places, and each blur, symmetric in itself, its order."""
 
     @abstractmethod
-    def normalized(self, symmetric: bool) -> Self:
+    def normalized(self, symmetric: bool) -> Lattice:
         """Divided by each kernel's norm K_m 1, by its square root on either side if `symmetric`; may use up the old."""
 
     @staticmethod

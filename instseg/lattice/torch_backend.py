@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import final
 
 import torch
 from torch import Tensor
@@ -35,7 +34,6 @@ def copy_rows(values: Float[Tensor, "N L"]) -> Float[Tensor, "N L"]:
     return values.clone(memory_format=torch.contiguous_format)
 
 
-@final
 @dataclass(frozen=True)
 class TorchLattice(Lattice):
     """Splatting gathers too, from lists of points sorted by vertex, so that sums have one order on any device.

@@ -122,7 +122,9 @@ class TritonLattice(TorchLattice):
 
     @cached_property
     def _adjoint(self) -> TritonLattice:
-        return replace(super().adjoint(), directions=self.directions.flip(0))
+        adjoint = super().adjoint()
+        assert isinstance(adjoint, TritonLattice)  # for type checkers: it is a copy of this one
+        return replace(adjoint, directions=self.directions.flip(0))
 
 
 def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> TritonLattice:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self
 
 import numpy as np
 import torch
@@ -123,11 +122,11 @@ class NumbaLattice(Lattice):
         run(loops.step_backward, parts(len(self.bands) - 1), energy.shape[1], *maps, *arrays)
         return self._combine(sums)
 
-    def adjoint(self) -> Self:  # noqa: D102
+    def adjoint(self) -> NumbaLattice:  # noqa: D102
         directions = self.directions[::-1].copy()
         return replace(self, splat_weights=self.slice_weights, slice_weights=self.splat_weights, directions=directions)
 
-    def normalized(self, symmetric: bool) -> Self:  # noqa: D102
+    def normalized(self, symmetric: bool) -> NumbaLattice:  # noqa: D102
         norms = self.blur(self.splat(self.splat_weights.new_ones(1, 1)))
         weights = self.slice_weights if symmetric else empty(self.rows.shape, self.slice_weights.dtype)
         arrays = self._maps, self.first_columns, padded_rows(norms), symmetric, weights.numpy()
