@@ -5,6 +5,7 @@ The model, paper symbol by module:
     U(x_i)                semantic logits                  models/semantic.py, models/network.py
     psi_P(x_i, x_j)       dense pairwise term              crf/pairwise.py, lattice/
     psi_d(x_d, y_d), Y_d  detection potential, validity    crf/detection.py
+    E(x, y)               higher-order CRF, Eq. 3          crf/higher_order.py
     F_d                   GrabCut foreground               data/foreground.py
     Q, Pr(Y)              mean-field marginals             crf/mean_field.py
     Pr(v_i = k)           identification, Eq. 4            crf/identify.py
