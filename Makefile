@@ -16,7 +16,7 @@ demo: .venv/.installed
 	$(BIN)/python workflows/demo.py
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .

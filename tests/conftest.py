@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from instseg.data.synthetic import write_synthetic_devkit
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # 30 by default: too short on a busy machine
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +35,7 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray cluster with two CPUs, shared by the tests of one session."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
 

@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -258,11 +259,17 @@ def test_ctrl_c_is_one_line_and_status_130(tiny_data: Path, tmp_path: Path) -> N
     options = [f"--data={tiny_data}", f"--out={run}", "--num-epochs=1000", "--num-workers=1"]
     command = [sys.executable, str(WORKFLOWS / "train.py"), *options, f"--tracking.uri={UNREACHABLE.uri}"]
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert any("epoch 1/1000 done" in line for line in process.stdout)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=100)
+    # Jobs in the background of a shell ignore the signal, and so would their children.
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed) as process:
+        try:
+            assert process.stdout is not None
+            assert any("epoch 1/1000 done" in line for line in process.stdout)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate()
+        finally:
+            process.kill()
     assert process.returncode == 130, said
     assert said.splitlines()[-1] == "interrupted"
     assert "Traceback" not in said
