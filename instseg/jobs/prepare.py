@@ -16,6 +16,7 @@ from instseg.data.quarantine import QuarantineRow, check_share, read_quarantine,
 from instseg.data.shards import ShardPlan, ShardReport, make_shard
 from instseg.data.voc import BACKGROUND_NAME, VOC_CLASSES, VocDevkit, open_devkit, read_lines
 from instseg.jobs.cluster import cluster
+from instseg.jobs.folder import check_folder
 from instseg.jobs.progress import progress
 
 QUARANTINE = "quarantine.parquet"
@@ -35,7 +36,8 @@ def prepare(config: PrepareConfig) -> PreparedDataset:
         OSError: If `out` cannot be written, such as on a full disk.
     """
     start = time.monotonic()
-    out = _check_out(config.out)
+    check_folder(Path(config.out))
+    out = Path(config.out).resolve()
     devkit = open_devkit(config.devkit)
     image_ids = devkit.image_ids(config.split)
     classes = (BACKGROUND_NAME, *read_classes(config.classes))
@@ -86,14 +88,6 @@ def read_classes(path: str | None) -> tuple[str, ...]:
     if not names or len(set(names)) < len(names) or BACKGROUND_NAME in names:
         raise ValueError(f"classes {path}: expected distinct foreground class names, one a line, got {names}")
     return tuple(names)
-
-
-def _check_out(path: str) -> Path:
-    out = Path(path).resolve()
-    there = next(folder for folder in (out, *out.parents) if folder.exists())
-    if not there.is_dir():
-        raise ValueError(f"out {path}: expected a folder or a path where one can be made, but {there} is a file")
-    return out
 
 
 def _unknown_images(records: dict[str, list[DetectionRecord]], known: set[str]) -> list[QuarantineRow]:
