@@ -67,6 +67,7 @@ def snippet_inputs() -> dict[str, Any]:
     }
 
 
+@pytest.mark.usefixtures("without_shape_checks")  # as users run them
 def test_the_python_snippets():
     names = snippet_inputs()
     for snippet in blocks("python"):

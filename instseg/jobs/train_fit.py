@@ -66,12 +66,12 @@ def log_epoch(tracker: Tracker, record: dict[str, Any]) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Make Ctrl-C a KeyboardInterrupt. Ray Train leaves with status 0, and stays in charge of the signal after that."""
+    """Make Ctrl-C a KeyboardInterrupt: Ray Train takes charge of the signal, and leaves."""
     previous = signal.getsignal(signal.SIGINT)
     try:
         yield
     except SystemExit as leaving:
-        if leaving.code:  # by another signal
+        if leaving.code not in (0, 1):  # by another signal; Ray's handler leaves with 0, of which its `get` makes 1
             raise
         raise KeyboardInterrupt from None
     finally:

@@ -214,9 +214,9 @@ def test_a_constant_rate_can_go_on() -> None:
 
 def test_classes_in_another_order_are_refused(finished: TrainConfig, tiny_data: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_data, tmp_path / "data")
-    manifest = json.loads((tiny_data / "manifest.json").read_text())
+    manifest = read_json(tiny_data / "manifest.json")
     manifest["classes"][2:] = reversed(manifest["classes"][2:])
-    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
+    write_json(tmp_path / "data" / "manifest.json", manifest)
     with pytest.raises(ValueError, match="was trained with class 2 = 'circle', in the data it is 'cross'"):
         train(replace(finished, data=str(tmp_path / "data")))
 

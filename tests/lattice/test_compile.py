@@ -26,7 +26,8 @@ GRADIENT = [[0.25, -0.25]] * 4
 def copy_of_the_lattice(folder: Path) -> Path:
     source = Path(instseg.__file__).parent
     shutil.copytree(source / "lattice", folder / "instseg" / "lattice", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copyfile(source / "config.py", folder / "instseg" / "config.py")
+    for name in ("config.py", "checks.py", "shapes.py"):
+        shutil.copyfile(source / name, folder / "instseg" / name)
     (folder / "instseg" / "__init__.py").touch()
     for path in folder.rglob("*.py"):
         os.utime(path, (0, hash(str(path)) % 10**9))  # as an archive leaves it
