@@ -3,8 +3,6 @@
 backend.py        building a lattice
 lattice.py        its maps, and whole mean-field steps
 rows.py           rows of labels as the loops want them, and their softmax
-build_loops.py, filter_loops.py, blur_loops.py, matrix_loops.py, softmax_loops.py   what is compiled, with the vectors
-                 of simd.py
-compile.py       how, and where compiled loops are kept
-threads.py       parts of a loop on several threads
+build_loops.py, filter_loops.py, softmax_loops.py   what is compiled (compile.py), with the vectors of simd.py
+threads.py        parts of a loop on several threads
 """

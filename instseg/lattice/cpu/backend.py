@@ -35,7 +35,7 @@ class _Part(NamedTuple):
         own: (B, 2), from where to where each band's own vertices go.
         spilled: (B, 2), from where to where its spilled rows go.
         vertex_of_spilled: (S,) int32.
-        chains: For each direction, see `blur_loops.blur`.
+        chains: For each direction, see `filter_loops.blur`.
         corners: (N, C+1) int32 view of the rows, which holds numbers in bands for now.
         renumbering: What `build_loops.renumber` makes rows of them with.
     """
@@ -72,7 +72,7 @@ def build(features: Sequence[Tensor], ring: bool, lengths: Sequence[int]) -> Num
     for part in built:
         image_bands, *arrays = part.renumbering
         bounds = parts(len(image_bands) - 1)
-        run(build_loops.renumber, bounds, image_bands, *arrays, stop, part.corners)
+        run(build_loops.renumber, build_loops.parallel_renumber, bounds, image_bands, *arrays, stop, part.corners)
     vertex_of_spilled = np.concatenate([part.vertex_of_spilled for part in built])
     starts = np.concatenate([[0], np.bincount(vertex_of_spilled, minlength=stop).cumsum()])
     order = build_loops.sort_by_vertex(vertex_of_spilled, starts)
@@ -135,24 +135,26 @@ def _number_corners(
     low, strides = key_layout(features)
     scales = torch.tensor(deviations(num_features, features.dtype), dtype=features.dtype)
     bounds = parts(num_bands)
-    # Most of the keys' memory is never touched.
+    # Most of this is never touched.
     keys = empty((len(features) * (num_features + 1),), torch.int64).numpy()
-    corners = build_loops.Corners(weights, numbers, keys, np.empty((num_bands, 2), np.int64))
-    points = build_loops.Points(*(tensor.numpy() for tensor in (features.contiguous(), scales, low, strides)))
     size = build_loops.table_size(len(features) // num_bands // 2 + 1024)
     tables = empty((len(bounds) - 1, size, 2), torch.int64).numpy()
-    run(build_loops.number_corners, bounds, bands, points, corners, bounds, tables)
+    runs = np.empty((num_bands, 2), np.int64)
+    arrays = (tensor.numpy() for tensor in (features.contiguous(), scales, low, strides))
+    arrays = bands, *arrays, bounds, tables, weights, numbers, keys, runs
+    run(build_loops.number_corners, build_loops.parallel_number_corners, bounds, *arrays)
     steps = strides.sum() - (num_features + 1) * torch.cat([strides, strides.new_zeros(1)])
-    return keys, corners.runs, steps.numpy()
+    return keys, runs, steps.numpy()
 
 
 def _find_chains(steps: np.ndarray, table: np.ndarray, unique: np.ndarray, first_vertex: int) -> list[np.ndarray]:
-    """The chains of each direction, see `blur_loops.blur`."""
+    """The chains of each direction, see `filter_loops.blur`."""
     links, firsts, chains = empty((3, len(steps), len(unique)), torch.int32).numpy()
-    starts = empty((len(steps), len(unique) + 1), torch.bool).numpy()
-    found = build_loops.Chains(chains, np.empty(len(steps), np.int64), links, starts, firsts)
-    run(build_loops.find_chains, parts(len(steps)), steps, table, unique, first_vertex, found)
-    return [chain[:length] for chain, length in zip(chains, found.lengths, strict=True)]
+    flags = empty((len(steps), len(unique) + 1), torch.bool).numpy()
+    lengths = np.empty(len(steps), np.int64)
+    arrays = steps, table, unique, first_vertex, links, flags, firsts, chains, lengths
+    run(build_loops.find_chains, build_loops.parallel_find_chains, parts(len(steps)), *arrays)
+    return [chain[:length] for chain, length in zip(chains, lengths, strict=True)]
 
 
 def _band_bounds(lengths: Sequence[int]) -> np.ndarray:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
+from numba import prange
 
 from instseg.lattice.cpu.compile import compiled
 from instseg.lattice.cpu.simd import element, prefetch, set_element
@@ -14,57 +13,7 @@ _AHEAD = 16  # keys by which memory is asked for in advance
 _BLOCK = 128  # points that a loop carries through all its steps in the first-level cache
 
 
-class Points(NamedTuple):
-    """N points, and how to embed them.
-
-    Attributes:
-        features: (N, C).
-        scales: (C,), see `embedding.deviations`.
-        low: (C,) int64, see `embedding.key_layout`, as for the strides.
-        strides: (C,) int64.
-    """
-
-    features: np.ndarray
-    scales: np.ndarray
-    low: np.ndarray
-    strides: np.ndarray
-
-
-class Corners(NamedTuple):
-    """The corners of the points' simplices, which `number_corners` fills in.
-
-    Attributes:
-        weights: (N, C+1), of each point in the corners of its simplex.
-        numbers: (N, C+1) int32, the corners' numbers in the order of first touch in a band.
-        unique: (N * (C+1),) int64, the distinct keys of each band; the rest is undefined.
-        runs: (B, 2) int64, from where to where each band's are.
-    """
-
-    weights: np.ndarray
-    numbers: np.ndarray
-    unique: np.ndarray
-    runs: np.ndarray
-
-
-class Chains(NamedTuple):
-    """What `find_chains` fills in for each of the C+1 directions among M vertices, and its scratch.
-
-    Attributes:
-        chains: (C+1, M) int32, see `blur_loops.blur`.
-        lengths: (C+1,) int64, how many vertices are in them.
-        links: (C+1, M) int32 scratch, the vertex after each one, or -1.
-        starts: (C+1, M+1) bool scratch, whether none comes before a vertex; the first is of no vertex.
-        firsts: (C+1, M) int32 scratch, the first vertex of each chain.
-    """
-
-    chains: np.ndarray
-    lengths: np.ndarray
-    links: np.ndarray
-    starts: np.ndarray
-    firsts: np.ndarray
-
-
-@compiled
+@compiled()
 def _new_buffers(num_corners, dtype):
     """What `_embed` works in."""
     shape = num_corners, _BLOCK
@@ -79,13 +28,12 @@ def _new_buffers(num_corners, dtype):
     )
 
 
-@compiled
-def _embed(first, n, points, buffers, weights, keys):
+@compiled()
+def _embed(first, n, features, scales, low, strides, buffers, weights, keys):
     """Barycentric coordinates of n points, and one key for each corner of their simplices; `torch_backend` says how.
 
     The same operations on a block of points at a time, so that they vectorise; the arithmetic is not reassociated.
     """
-    features, scales, low, strides = points
     elevated, residual, base, total, rank, surplus, key = buffers
     num_features = features.shape[1]
     num_corners = num_features + 1
@@ -146,14 +94,14 @@ def _embed(first, n, points, buffers, weights, keys):
             weights[first + p, k] = residual[num_features - k, p] - residual[num_corners - k, p]
 
 
-@compiled
+@compiled()
 def _home(key, table):
     """The slot of `table` from which a key is searched."""
     mixed = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
     return np.int64((mixed ^ (mixed >> np.uint64(32))) & np.uint64(len(table) - 1))
 
 
-@compiled
+@compiled()
 def _find(key, table):
     """The slot of an open-addressing table (S, 2), of keys and their numbers, where `key` is or belongs.
 
@@ -171,7 +119,7 @@ def _find(key, table):
         slot = (slot + 1) & (len(table) - 1)
 
 
-@compiled
+@compiled()
 def table_size(capacity):
     """The power of two of which `capacity` keys fill two thirds or less."""
     size = 1 << 10
@@ -180,7 +128,7 @@ def table_size(capacity):
     return size
 
 
-@compiled
+@compiled()
 def _grow(unique, count, room):
     """A table of the first `count` keys of `unique`, with room for as many again and for `room` more."""
     table = np.full((table_size(2 * count + room), 2), _EMPTY)
@@ -189,15 +137,15 @@ def _grow(unique, count, room):
     return table
 
 
-@compiled
-def number_corners(start, stop, bands, points, corners, parts, tables):
-    """Fill in the `corners` of the bands from start to stop.
+@compiled()
+def number_corners(start, stop, bands, features, scales, low, strides, parts, tables, weights, numbers, unique, runs):
+    """Weights of each point in the corners of its simplex, which are numbered in the order of first touch in a band.
 
-    The `tables`, one for each of the `parts`, are the caller's: memory that a thread gets and returns is slow.
+    `unique` receives the distinct keys of each band in `runs` (B, 2), from where to where. Both it and the `tables`,
+    one for each of the `parts`, are the caller's: memory that a thread gets and returns is slow.
     """
-    weights, numbers, unique, runs = corners
-    num_corners = weights.shape[1]
-    buffers = _new_buffers(num_corners, weights.dtype)
+    num_corners = features.shape[1] + 1
+    buffers = _new_buffers(num_corners, features.dtype)
     keys = np.empty((_BLOCK, num_corners), np.int64)
     table, end = tables[np.searchsorted(parts, start)], bands[start] * num_corners
     for band in range(start, stop):
@@ -205,7 +153,7 @@ def number_corners(start, stop, bands, points, corners, parts, tables):
         table[:] = _EMPTY
         for first in range(bands[band], bands[band + 1], _BLOCK):
             n = min(_BLOCK, bands[band + 1] - first)
-            _embed(first, n, points, buffers, weights, keys)
+            _embed(first, n, features, scales, low, strides, buffers, weights, keys)
             for p in range(n):
                 for c in range(num_corners):
                     key = keys[p, c]
@@ -221,7 +169,7 @@ def number_corners(start, stop, bands, points, corners, parts, tables):
         end += count
 
 
-@compiled
+@compiled()
 def merge_bands(keys, runs, table, unique):
     """Number the distinct ones among the `keys` of all bands, which are in `runs` (B, 2), in order.
 
@@ -249,7 +197,7 @@ def merge_bands(keys, runs, table, unique):
     return firsts, numbers
 
 
-@compiled
+@compiled()
 def add_ring(steps, table, unique, count):
     """Add the vertices next to those that a point touches; the table and the count with them."""
     for vertex in range(count):
@@ -266,11 +214,14 @@ def add_ring(steps, table, unique, count):
     return table, count
 
 
-@compiled
-def find_chains(start, stop, steps, table, unique, first_vertex, found):
-    """For each direction from start to stop its chains of vertices one step apart."""
-    chains, count = found.chains, found.chains.shape[1]
-    after, starts, firsts = found.links[start], found.starts[start], found.firsts[start]
+@compiled()
+def find_chains(start, stop, steps, table, unique, first_vertex, links, flags, first_links, chains, lengths):
+    """For each direction from start to stop its chains of vertices one step apart, see `filter_loops.blur`.
+
+    `chains` (C+1, M) receives them and `lengths` (C+1,) how many vertices are in them; the rest is scratch.
+    """
+    count = chains.shape[1]
+    after, starts, firsts = links[start], flags[start], first_links[start]  # the first of the flags is of no vertex
     for direction in range(start, stop):
         starts[:] = True
         for vertex in range(count):
@@ -289,10 +240,10 @@ def find_chains(start, stop, steps, table, unique, first_vertex, found):
                 at += 1
                 link = after[link]
             chains[direction, at - 1] = ~chains[direction, at - 1]
-        found.lengths[direction] = at
+        lengths[direction] = at
 
 
-@compiled
+@compiled()
 def place_rows(numbers, counts, firsts, first_vertex, num_spilled, spilled):
     """From the vertices of each band's numbers to rows: the vertex's own for its first band, else a spilled one.
 
@@ -318,7 +269,7 @@ def place_rows(numbers, counts, firsts, first_vertex, num_spilled, spilled):
     return bounds
 
 
-@compiled
+@compiled()
 def sort_by_vertex(vertices, offsets):
     """The stable order (S,) that sorts `vertices`; `offsets` (M+1,) say where each one starts."""
     places = offsets[:-1].copy()
@@ -329,7 +280,7 @@ def sort_by_vertex(vertices, offsets):
     return order
 
 
-@compiled
+@compiled()
 def renumber(start, stop, bands, first_numbers, row_of_number, num_vertices, rows):
     """From numbers in a band to rows, see `place_rows`; spilled rows stand behind the vertices'."""
     for band in range(start, stop):
@@ -340,13 +291,12 @@ def renumber(start, stop, bands, first_numbers, row_of_number, num_vertices, row
                 rows[i, c] = row if row >= 0 else num_vertices + ~row
 
 
-@compiled
-def normalize(start, stop, maps, first_columns, table, symmetric, out):
-    """Out = each point's slice weights divided by its norm, what it reads from `table` (R, 1 padded), kernel by kernel.
+@compiled()
+def normalize(start, stop, rows, vertex_of_row, first_columns, table, symmetric, weights, out):
+    """Out = each point's weights divided by its norm, what it reads from `table` (R, 1 padded), kernel by kernel.
 
-    With `symmetric` by its square root. `out` may be those weights.
+    With `symmetric` by its square root. `out` may be `weights`.
     """
-    rows, vertex_of_row, weights = maps.rows, maps.vertex_of_row, maps.slice_weights
     step, num_corners = table.shape[1], rows.shape[1]
     one = weights.dtype.type(1)
     for corner in range(start * num_corners, stop * num_corners, num_corners):
@@ -358,3 +308,27 @@ def normalize(start, stop, maps, first_columns, table, symmetric, out):
             factor = one / (np.sqrt(norm) if symmetric else norm)
             for k in range(first, last):
                 set_element(out, k, element(weights, k) * factor)
+
+
+@compiled(parallel=True)
+def parallel_number_corners(bounds, *arguments):
+    for part in prange(len(bounds) - 1):
+        number_corners(bounds[part], bounds[part + 1], *arguments)
+
+
+@compiled(parallel=True)
+def parallel_find_chains(bounds, *arguments):
+    for part in prange(len(bounds) - 1):
+        find_chains(bounds[part], bounds[part + 1], *arguments)
+
+
+@compiled(parallel=True)
+def parallel_renumber(bounds, *arguments):
+    for part in prange(len(bounds) - 1):
+        renumber(bounds[part], bounds[part + 1], *arguments)
+
+
+@compiled(parallel=True)
+def parallel_normalize(bounds, *arguments):
+    for part in prange(len(bounds) - 1):
+        normalize(bounds[part], bounds[part + 1], *arguments)

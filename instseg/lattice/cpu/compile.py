@@ -23,14 +23,18 @@ from numba.misc.appdirs import AppDirs
 _HERE = Path(__file__).parent
 
 
-def compiled(function: Callable[..., Any]) -> Any:
+def compiled(parallel: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """A loop as numba compiles it: it releases the interpreter's lock, and is kept on disk for other processes.
 
     In `cache_folder()`; where that cannot be read or written each process compiles for itself, and one is warned.
     """
-    loop: Any = numba.njit(nogil=True)(function)
-    loop._cache = _Cache(function)  # what cache=True does, with numba's own cache
-    return loop
+
+    def compile_later(function: Callable[..., Any]) -> Any:
+        loop: Any = numba.njit(nogil=True, parallel=parallel)(function)
+        loop._cache = _Cache(function)  # what cache=True does, with numba's own cache
+        return loop
+
+    return compile_later
 
 
 @lru_cache(1)

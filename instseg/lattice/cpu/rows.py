@@ -27,7 +27,7 @@ def copy_rows(values: Tensor) -> Tensor:
     """As `torch_backend.copy_rows`, into `empty_rows`."""
     rows = empty_rows(len(values), values)
     arrays = values.detach().numpy(), _padded(rows)
-    run(filter_loops.copy_rows, even_bounds(len(values), values.shape[1]), *arrays)
+    run(filter_loops.copy_rows, filter_loops.parallel_copy_rows, even_bounds(len(values), values.shape[1]), *arrays)
     return rows
 
 
@@ -51,7 +51,7 @@ def softmax(energy: Tensor) -> Tensor:
     out = empty_rows(len(energy), energy)
     bounds = even_bounds(len(energy), energy.shape[1])
     arrays = energy.shape[1], *map(padded_rows, (energy, out))
-    run(softmax_loops.softmax, bounds, *arrays)
+    run(softmax_loops.softmax, softmax_loops.parallel_softmax, bounds, *arrays)
     return out
 
 
@@ -60,7 +60,7 @@ def softmax_backward(q: Tensor, grad: Tensor) -> Tensor:
     out = empty_rows(len(q), q)
     bounds = even_bounds(len(q), q.shape[1])
     arrays = q.shape[1], *map(padded_rows, (q, grad, out))
-    run(softmax_loops.softmax_backward, bounds, *arrays)
+    run(softmax_loops.softmax_backward, softmax_loops.parallel_softmax_backward, bounds, *arrays)
     return out
 
 

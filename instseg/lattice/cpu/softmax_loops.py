@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numba import prange
 
 from instseg.lattice.cpu.compile import compiled
 from instseg.lattice.cpu.simd import (
@@ -30,7 +31,7 @@ _LARGE = np.float32(1e30)
 _FEW = 4  # labels up to which transposing pays
 
 
-@compiled
+@compiled()
 def softmax_block(num_rows, num_labels, block, factors):
     """block[p] = softmax(-block[p]), float32; `factors` (BLOCK,) is scratch."""
     width = block.shape[1]
@@ -58,7 +59,7 @@ def softmax_block(num_rows, num_labels, block, factors):
             store(block, lane, multiply(load(block, lane), factor))
 
 
-@compiled
+@compiled()
 def _softmax_of_few(num_rows, num_labels, block):
     """The same for rows of one vector: eight rows at a time, label by label."""
     labels = np.empty((_FEW, 8), np.float32)
@@ -75,7 +76,7 @@ def _softmax_of_few(num_rows, num_labels, block):
         store(block, row * 8, load(rest, (row - whole) * 8))
 
 
-@compiled
+@compiled()
 def _softmax_of_eight(row, num_labels, block, labels):
     lowest = broadcast(_LARGE)
     for label in range(num_labels):
@@ -92,7 +93,7 @@ def _softmax_of_eight(row, num_labels, block, labels):
         store_column(block, row * 8 + label, multiply(load(labels, label * 8), factor))
 
 
-@compiled
+@compiled()
 def softmax(start, stop, num_labels, energy, out):
     """Marginals: exp(-energy) normalised, float32."""
     factors = np.empty(BLOCK, np.float32)
@@ -104,7 +105,7 @@ def softmax(start, stop, num_labels, energy, out):
         softmax_block(num_rows, num_labels, out[first:], factors)
 
 
-@compiled
+@compiled()
 def softmax_backward(start, stop, num_labels, q, grad, out):
     """out[i] = -q[i] * (grad[i] - <q[i], grad[i]>)."""
     width = q.shape[1]
@@ -117,3 +118,15 @@ def softmax_backward(start, stop, num_labels, q, grad, out):
         mean = broadcast(reduce_add(total))
         for lane in range(row, row + width, 8):
             store(out, lane, multiply(load(q, lane), flush(subtract(mean, load(grad, lane)))))
+
+
+@compiled(parallel=True)
+def parallel_softmax(bounds, *arguments):
+    for part in prange(len(bounds) - 1):
+        softmax(bounds[part], bounds[part + 1], *arguments)
+
+
+@compiled(parallel=True)
+def parallel_softmax_backward(bounds, *arguments):
+    for part in prange(len(bounds) - 1):
+        softmax_backward(bounds[part], bounds[part + 1], *arguments)

@@ -1,18 +1,19 @@
-"""Loops on as many threads as torch uses: compiled ones release the interpreter's lock, so Python's threads do."""
+"""Compiled loops on as many threads as torch uses."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import pairwise
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
+from numba import config as numba_config
+from numba import get_num_threads, set_num_threads
 
 _SMALL = 1 << 14  # elements below which another thread costs more than it saves
+_LOCK = Lock()
 
 
 def parts(count: int) -> np.ndarray:
@@ -25,30 +26,21 @@ def even_bounds(num_rows: int, row_length: int) -> np.ndarray:
     return _bounds(num_rows, torch.get_num_threads() if num_rows * row_length > _SMALL else 1)
 
 
-def run(loop: Callable[..., None], bounds: np.ndarray, *arguments: Any) -> None:
-    """Call loop(start, stop, *arguments) for every pair of consecutive `bounds`, at once; the first on this thread.
-
-    Raises:
-        Exception: What one of the calls raised, once all have ended.
-    """
-    others = [_pool().submit(loop, *part, *arguments) for part in pairwise(bounds[1:])]
-    try:
-        loop(bounds[0], bounds[1], *arguments)
-    finally:
-        errors = [other.exception() for other in others]
-    for error in filter(None, errors):
-        raise error
-
-
 @lru_cache(64)  # asked for in every step
 def _bounds(count: int, num_parts: int) -> np.ndarray:
     return np.linspace(0, count, num_parts + 1).round().astype(np.int64)
 
 
-@lru_cache(1)
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), "lattice")
-
-
-if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+def run(serial: Callable[..., None], parallel: Callable[..., None], bounds: np.ndarray, *arguments: Any) -> None:
+    """Call a loop on the rows between consecutive `bounds`, in parallel where there are several parts."""
+    if len(bounds) == 2:  # no thread: a forked process may have none
+        serial(bounds[0], bounds[1], *arguments)
+        return
+    with _LOCK:  # not every threading layer of numba allows two calls at once
+        most: int = numba_config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
+        before = get_num_threads()
+        set_num_threads(min(len(bounds) - 1, most))
+        try:
+            parallel(bounds, *arguments)
+        finally:
+            set_num_threads(before)  # the caller may use numba too
