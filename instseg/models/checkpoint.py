@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -16,6 +15,8 @@ from typing import Any, TypeVar, get_type_hints
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from instseg.data.files import sha256_of
 
 _Config = TypeVar("_Config")
 FOLDER = "checkpoints"  # inside the run directory
@@ -79,7 +80,7 @@ def save_checkpoint(
     _write_tensors(partial / _OPTIMIZER, optimizer or {})
     _write_json(partial / _CONFIG, config)
     _write_json(partial / _STATE, state or {})
-    _write_json(partial / _MANIFEST, {name: _sha256(partial / name) for name in _files(partial)})
+    _write_json(partial / _MANIFEST, {name: sha256_of(partial / name) for name in _files(partial)})
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one, instead of which training went on from an older one
     partial.rename(folder)
 
@@ -94,7 +95,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not (folder / _MANIFEST).is_file():
         raise FileNotFoundError(f"checkpoint {folder}: no {_MANIFEST} in it; it is incomplete, or no checkpoint")
     for name, digest in _read_json(folder / _MANIFEST).items():
-        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+        if not (folder / name).is_file() or sha256_of(folder / name) != digest:
             raise ValueError(f"checkpoint {folder}: {name} is damaged or missing; use another checkpoint")
     return Checkpoint(folder, _read_json(folder / _CONFIG), _read_json(folder / _STATE))
 
@@ -172,11 +173,6 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -70,7 +70,7 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("function", ["save_file", "_write_json", "_sha256"])
+@pytest.mark.parametrize("function", ["save_file", "_write_json", "sha256_of"])
 @pytest.mark.parametrize("again", [False, True])
 def test_a_killed_writer_leaves_the_checkpoint_before(
     tmp_path: Path,
