@@ -193,6 +193,7 @@ class EvaluateConfig(AblateConfig):
     """workflows/evaluate.py: one network, or what an ablation leaves of it."""
 
     ablation: Ablation = FULL
+    diagnose: bool = False  # also what limits it, and its errors by kind; takes seven times as long
 
 
 @dataclass(frozen=True)

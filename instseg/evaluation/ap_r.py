@@ -14,6 +14,7 @@ import numpy as np
 
 from instseg.checks import choice
 from instseg.config import MatchingRule
+from instseg.evaluation.matching import match_greedily
 from instseg.evaluation.semantic import confusion_matrix
 from instseg.shapes import Bool, Float, Int
 from instseg.structures import InstanceMap, Sample
@@ -168,14 +169,7 @@ def _hits(
     """Return (P,) bool: which predictions of one image and class are correct."""
     if rule == "authors":
         return np.any(iou > threshold, axis=1)
-    hits = np.zeros(len(scores), np.bool_)
-    free = iou.copy()
-    for index in np.argsort(-scores, kind="stable") if iou.shape[1] else ():
-        best = free[index].argmax()
-        if free[index, best] > threshold:
-            hits[index] = True
-            free[:, best] = -1.0
-    return hits
+    return match_greedily(scores, iou, threshold) >= 0
 
 
 def _area(hits: Bool[np.ndarray, " P"], num_truths: int, rule: MatchingRule) -> float:

@@ -23,7 +23,7 @@ def ablate(config: AblateConfig) -> dict[str, Evaluation]:
             print(row.name, flush=True)
             of_row = EvaluateConfig(**vars(config), ablation=row.ablation)
             with start_tracker(of_row, "ablate", out / row.name, parent) as tracker:
-                evaluations[row.name] = evaluate_ablation(
+                evaluations[row.name], _ = evaluate_ablation(
                     of_row, row.ablation, dataset, evaluators, out / row.name, tracker
                 )
         text, markdown = ablation_tables(evaluations)

@@ -15,6 +15,7 @@ from instseg.data.dataset import PreparedDataset
 from instseg.evaluation.ap_r import ImageRecord
 from instseg.jobs.cluster import cluster, cluster_nodes
 from instseg.jobs.devices import describe, plan_evaluators
+from instseg.jobs.diagnose import diagnose
 from instseg.jobs.evaluators import Evaluators
 from instseg.jobs.folder import check_folder
 from instseg.jobs.tracking import Tracker, how_to_open
@@ -38,8 +39,11 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """
     dataset, out = PreparedDataset(config.data), Path(config.out)
     with running_evaluators(config, dataset) as (config, evaluators), start_tracker(config, "evaluate", out) as tracker:
-        evaluation = evaluate_ablation(config, config.ablation, dataset, evaluators, out, tracker)
-    print(f"{summary(evaluation)}\n\nreport: {config.out}\nMLflow: {how_to_open(config.tracking)}")
+        evaluation, records = evaluate_ablation(config, config.ablation, dataset, evaluators, out, tracker)
+        text = summary(evaluation)
+        if config.diagnose:
+            text += f"\n\n{diagnose(config, dataset, evaluators, records, tracker)}"
+    print(f"{text}\n\nreport: {config.out}\nMLflow: {how_to_open(config.tracking)}")
     return evaluation
 
 
@@ -97,7 +101,7 @@ def evaluate_ablation(
     evaluators: Evaluators,
     out: Path,
     tracker: Tracker,
-) -> Evaluation:
+) -> tuple[Evaluation, list[ImageRecord]]:
     """Score what `ablation` leaves of the network that the actors hold; write and log the report."""
     began = time.perf_counter()
     records = evaluators.records(ablation)
@@ -112,7 +116,7 @@ def evaluate_ablation(
     tracker.log_metrics(evaluation.metrics() | measured)
     for path in paths:
         tracker.log_artifact(path)
-    return evaluation
+    return evaluation, records
 
 
 def _informative(records: list[ImageRecord], image_ids: tuple[str, ...], num: int) -> list[int]:

@@ -20,6 +20,7 @@ from ray.util import ActorPool
 from instseg.config import Ablation, ModelConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.evaluation.ap_r import ImageRecord, image_record
+from instseg.evaluation.oracles import Oracle
 from instseg.jobs.cluster import JobError
 from instseg.jobs.devices import EvaluatorPlan, Processor
 from instseg.jobs.progress import progress
@@ -47,8 +48,12 @@ class Evaluators:
         arguments = (dataset, network.config, self._state, plan.device)
         self._actors: list[Any] = [actor.remote(*arguments) for _ in range(plan.num_actors)]
 
-    def records(self, ablation: Ablation) -> list[ImageRecord]:
+    def records(self, ablation: Ablation, oracle: Oracle | None = None) -> list[ImageRecord]:
         """Evaluate every image with what `ablation` leaves of the network, sorted by image id.
+
+        Args:
+            ablation: What takes part.
+            oracle: Puts the truth in the place of a part of each sample; see `instseg.evaluation.oracles`.
 
         Raises:
             ValueError: If an image or the network's parameters are unfit; names the image.
@@ -56,7 +61,7 @@ class Evaluators:
             JobError: If an actor dies more often than `MAX_RESTARTS`, or finds no GPU where one was promised.
         """
         indices = range(len(self._dataset))
-        records = progress(self._map("record", indices, ablation), len(indices), "evaluated images")
+        records = progress(self._map("record", indices, ablation, oracle), len(indices), "evaluated images")
         records = sorted(records, key=lambda record: record.image_id)
         if [record.image_id for record in records] != sorted(self._dataset.image_ids):
             raise AssertionError(f"expected {len(indices)} images, each once, got {len(records)} records")
@@ -67,10 +72,10 @@ class Evaluators:
         maps = dict(self._map("segment", indices, ablation))
         return [maps[index] for index in indices]
 
-    def _map(self, method: str, indices: Sequence[int], ablation: Ablation) -> Iterator[Any]:
+    def _map(self, method: str, indices: Sequence[int], *arguments: Any) -> Iterator[Any]:
         pool = ActorPool(self._actors)
         try:
-            yield from pool.map_unordered(lambda actor, i: getattr(actor, method).remote(i, ablation), list(indices))
+            yield from pool.map_unordered(lambda actor, i: getattr(actor, method).remote(i, *arguments), list(indices))
         except RayTaskError as error:
             raise error.cause from error
         except RayActorError as error:  # its last line says why
@@ -98,21 +103,27 @@ class _Evaluator:
         self._network.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
         self._network.to("cuda" if device == "gpu" else "cpu").eval()
 
-    def record(self, index: int, ablation: Ablation) -> ImageRecord:
-        return self._named(index, lambda: self._record(index, ablation))
+    def record(self, index: int, ablation: Ablation, oracle: Oracle | None) -> ImageRecord:
+        return self._named(index, lambda: self._record(index, ablation, oracle))
 
     def segment(self, index: int, ablation: Ablation) -> tuple[int, InstanceMap]:
         return index, self._named(index, lambda: self._predict(self._dataset[index], ablation)[0])
 
-    def _record(self, index: int, ablation: Ablation) -> ImageRecord:
+    def _record(self, index: int, ablation: Ablation, oracle: Oracle | None) -> ImageRecord:
         sample = self._dataset[index]
-        predicted, semantic_before = self._predict(sample, ablation)
+        predicted, semantic_before = self._predict(sample, ablation, oracle)
         return image_record(sample, predicted, semantic_before, self._dataset.num_labels)
 
-    def _predict(self, sample: Sample, ablation: Ablation) -> tuple[InstanceMap, np.ndarray]:
+    def _predict(
+        self, sample: Sample, ablation: Ablation, oracle: Oracle | None = None
+    ) -> tuple[InstanceMap, np.ndarray]:
         """The instances with the refined semantic segmentation, and the (H, W) one before the CRF."""
         with torch.inference_mode():
-            output = self._network(sample, ablation)
+            logits = self._network.semantic_logits(sample)
+            if oracle is not None:
+                sample = oracle(replace(sample, logits=logits.cpu().numpy()))
+                logits = torch.from_numpy(sample.logits).to(logits)
+            output = self._network(sample, ablation, logits)
             semantic_before = output.semantic_logits.argmax(0).cpu().numpy()
             return self._network.instance_map(output, ablation), semantic_before
 

@@ -129,8 +129,15 @@ class InstanceNetwork(nn.Module):
         if self.semantic is not None:
             yield from self.semantic.parameters()
 
-    def forward(self, sample: Sample, ablation: Ablation = FULL) -> NetworkOutput:
+    def forward(
+        self, sample: Sample, ablation: Ablation = FULL, logits: Float[Tensor, "L H W"] | None = None
+    ) -> NetworkOutput:
         """Run Figure 2, or what `ablation` leaves of it, on one sample.
+
+        Args:
+            sample: The image, its detections, and logits where the network is to take them from there.
+            ablation: What takes part.
+            logits: (L, H, W) instead of `semantic_logits(sample)`.
 
         Raises:
             ValueError: If the sample lacks what the configuration needs, or does not fit the label set.
@@ -139,7 +146,7 @@ class InstanceNetwork(nn.Module):
         sample.detections.check_image(height, width, self.num_labels)
         image = self._tensor(sample.image)
         detections = self._detections(sample.detections, height, width)
-        logits = self._semantic_logits(sample, image)
+        logits = self.semantic_logits(sample) if logits is None else logits
         kernels = build_kernels(image, self.config.semantic_crf.kernels)
         log_q, validity = self._semantic_crf(logits, kernels, detections, ablation)
         instance_log_q = self._instance_crf(log_q, validity, detections, ablation, image, kernels)
@@ -160,10 +167,14 @@ class InstanceNetwork(nn.Module):
             foregrounds=None if foregrounds is None else self._tensor(foregrounds).flatten(1),
         )
 
-    def _semantic_logits(self, sample: Sample, image: Float[Tensor, "H W 3"]) -> Float[Tensor, "L H W"]:
-        """(L, H, W): the network's, or the sample's own brought to the image's size."""
+    def semantic_logits(self, sample: Sample) -> Float[Tensor, "L H W"]:
+        """(L, H, W): the semantic network's, or the sample's own brought to the image's size.
+
+        Raises:
+            ValueError: If there is no semantic network and the sample lacks logits of the label set.
+        """
         if self.semantic is not None:
-            return self.semantic(image.permute(2, 0, 1))
+            return self.semantic(self._tensor(sample.image).permute(2, 0, 1))
         if sample.logits is None:
             raise ValueError(
                 f"{sample.image_id}: the sample has no logits; prepare the data with --logits, or choose a semantic "
@@ -172,7 +183,7 @@ class InstanceNetwork(nn.Module):
         if len(sample.logits) != self.num_labels:
             raise ValueError(f"{sample.image_id}: logits: expected {self.num_labels} classes, got {len(sample.logits)}")
         logits = self._tensor(sample.logits)
-        return interpolate(logits[None], size=image.shape[:2], mode="bilinear", align_corners=False)[0]
+        return interpolate(logits[None], size=sample.image.shape[:2], mode="bilinear", align_corners=False)[0]
 
     def _semantic_crf(
         self, logits: Float[Tensor, "L H W"], kernels: Kernels, detections: DetectionTensors, ablation: Ablation
