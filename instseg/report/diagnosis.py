@@ -21,7 +21,7 @@ class OracleRow(NamedTuple):
         name: In files and metrics.
         title: In tables.
         oracle: What replaces it.
-        better: What it is worth, in words.
+        better: What would give as much, in words.
     """
 
     name: str
@@ -101,15 +101,12 @@ class Diagnosis:
 
     def _worth(self) -> str:
         """The parts in one sentence, the most worthwhile first."""
-        gains = [(self._gain(self.replaced[row.name]), row.better) for row in ORACLE_ROWS]
+        # The truth in one place may cost points, as the rest was not made for it: a bound of 0.
+        gains = [(max(self._gain(self.replaced[row.name]), 0.0), row.better) for row in ORACLE_ROWS]
         (most, first), *others = sorted(gains, key=lambda pair: -pair[0])
-        worth = [f"{first} is worth {_up_to(most, ' points')} of AP^r_vol"]
-        sentence = ", ".join(worth + [f"{better} {_up_to(gain)}" for gain, better in others])
+        worth = [f"{first} would give up to {most:.1f} points of AP^r_vol"]
+        sentence = ", ".join(worth + [f"{better} up to {gain:.1f}" for gain, better in others])
         return f"{sentence[0].upper()}{sentence[1:]}."
-
-
-def _up_to(gain: float, unit: str = "") -> str:
-    return f"up to {gain:.1f}{unit}" if gain >= 0.05 else "nothing"
 
 
 def _scores(evaluation: Evaluation) -> dict[str, float]:

@@ -21,6 +21,8 @@ from instseg.config import (
 )
 from instseg.data.dataset import PreparedDataset
 from instseg.evaluation.ap_r import ImageRecord
+from instseg.evaluation.oracles import true_map
+from instseg.evaluation.semantic import mean_iou
 from instseg.jobs.ablate import ablate
 from instseg.jobs.cluster import JobError
 from instseg.jobs.devices import EvaluatorPlan
@@ -29,7 +31,7 @@ from instseg.jobs.evaluators import Evaluators
 from instseg.jobs.mlflow_server import resolve_uri
 from instseg.models.checkpoint import save_checkpoint
 from instseg.models.network import InstanceNetwork
-from instseg.report.tables import ROWS
+from instseg.report.tables import ROWS, summary
 from instseg.structures import Sample
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -140,6 +142,32 @@ def test_evaluate_reports_and_records(config: EvaluateConfig, capsys: pytest.Cap
     assert run.data.metrics["authors/ap_r_vol"] == pytest.approx(evaluation.metrics()["authors/ap_r_vol"])
     artifacts = {path.name for path in (out.parent / "mlartifacts").rglob("*") if path.is_file()}
     assert artifacts == {"results.json", "per_class.csv", "report.txt", "panel.png"}
+
+
+def test_a_diagnosis_is_printed_written_and_recorded(
+    config: EvaluateConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation = evaluate(replace(config, num_figures=0, diagnose=True))
+    out, printed = Path(config.out), capsys.readouterr().out
+    assert summary(evaluation) + "\n\n" + (out / "diagnosis.txt").read_text() in printed
+    assert "diagnosis 1 of 6: true semantic map\n" in printed
+    metrics = json.loads((out / "diagnosis.json").read_text())["metrics"]
+    assert metrics["as_it_is/ap_r_vol"] == pytest.approx(evaluation.metrics()["ap_r_vol"])
+    assert metrics["true_map/mean_iou_after"] > evaluation.metrics()["mean_iou_after"] + 10
+    assert metrics["true_map_and_detections/ap_r_vol"] > 99
+    logged = {name: value for name, value in runs_of(config)["report"].data.metrics.items() if "diagnosis/" in name}
+    assert logged == pytest.approx({f"diagnosis/{name}": value for name, value in metrics.items()})
+    artifacts = {path.name for path in (out.parent / "mlartifacts").rglob("*") if path.is_file()}
+    assert artifacts > {"diagnosis.txt", "diagnosis.json"}
+
+
+def test_a_true_map_reaches_the_crf_of_a_semantic_network(tiny_data: Path) -> None:
+    """It has no use for the data's logits, so the truth must come in behind it."""
+    dataset = PreparedDataset(str(tiny_data))
+    network = InstanceNetwork(ModelConfig(semantic="lraspp_mobilenet_v3_large"), dataset.num_labels).eval()
+    with Evaluators(dataset, network, EvaluatorPlan("cpu", 1, 0.0)) as evaluators:
+        records = evaluators.records(FULL, true_map)
+    assert mean_iou(np.sum([record.confusion_before for record in records], axis=0)) == 1.0
 
 
 def test_ablate_puts_the_rows_side_by_side(config: EvaluateConfig) -> None:

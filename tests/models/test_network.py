@@ -58,6 +58,15 @@ def test_finds_both_instances_and_lowers_the_false_positive():
     assert output.validity[2] < 0.3
 
 
+def test_given_logits_take_the_place_of_the_networks_own():
+    sample, model = two_squares(), network()
+    others = -model.semantic_logits(sample)
+    given, stored = model(sample, logits=others), model(replace(sample, logits=others.numpy()))
+    torch.testing.assert_close(given.semantic_logits, others)
+    torch.testing.assert_close(given.log_q, stored.log_q)
+    assert not torch.allclose(given.log_q, model(sample).log_q, atol=0.1)
+
+
 def test_marginals_are_distributions():
     output = network()(two_squares())
     assert output.log_q.shape == (3, HEIGHT, WIDTH)
