@@ -7,14 +7,14 @@ on who computed which record in what order.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 
-from instseg.checks import choice
+from instseg.checks import choice, require
 from instseg.config import MatchingRule
-from instseg.evaluation.matching import match_greedily
+from instseg.evaluation.matching import find_hits, match_boxes
 from instseg.evaluation.semantic import confusion_matrix
 from instseg.shapes import Bool, Float, Int
 from instseg.structures import InstanceMap, Sample
@@ -24,7 +24,7 @@ THRESHOLDS = tuple(tenth / 10 for tenth in range(1, 10))
 
 @dataclass(frozen=True, eq=False)
 class ImageRecord:
-    """What one image contributes to the scores: P predicted instances against G true ones.
+    """What one image contributes to the scores: P predicted instances and D detections against G true instances.
 
     Attributes:
         image_id: Unique in the data set.
@@ -34,6 +34,10 @@ class ImageRecord:
         truth_labels: (G,) int64, class of each true instance that has pixels.
         confusion_before: (L, L) int64 of the network's semantic segmentation.
         confusion_after: (L, L) int64 of the one refined by the CRF.
+        detection_labels: (D,) int64, class of each detection.
+        detection_scores: (D,) float64, the detector's.
+        validity: (D,) float64, Pr(Y_d = 1).
+        matched: (D,) bool, which detections are right; see `match_boxes`.
     """
 
     image_id: str
@@ -43,6 +47,15 @@ class ImageRecord:
     truth_labels: Int[np.ndarray, " G"]
     confusion_before: Int[np.ndarray, "L L"]
     confusion_after: Int[np.ndarray, "L L"]
+    detection_labels: Int[np.ndarray, " D"] = field(default_factory=lambda: np.zeros(0, np.int64))
+    detection_scores: Float[np.ndarray, " D"] = field(default_factory=lambda: np.zeros(0))
+    validity: Float[np.ndarray, " D"] = field(default_factory=lambda: np.zeros(0))
+    matched: Bool[np.ndarray, " D"] = field(default_factory=lambda: np.zeros(0, np.bool_))
+
+    def of_class(self, label: int) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, "P G"]]:
+        """Scores, and IoUs with the true instances, of the predictions of one class."""
+        mine = self.labels == label
+        return self.scores[mine], self.iou[mine][:, self.truth_labels == label]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +90,13 @@ class ApR:
         return float(values[present].mean()) if present.any() else float("nan")
 
 
-def image_record(sample: Sample, predicted: InstanceMap, semantic_before: np.ndarray, num_labels: int) -> ImageRecord:
+def image_record(
+    sample: Sample,
+    predicted: InstanceMap,
+    semantic_before: np.ndarray,
+    num_labels: int,
+    validity: Float[np.ndarray, " D"] | None = None,
+) -> ImageRecord:
     """Compare one image's segmentation with its ground truth.
 
     Args:
@@ -85,15 +104,20 @@ def image_record(sample: Sample, predicted: InstanceMap, semantic_before: np.nda
         predicted: Instances and refined semantic segmentation of the image.
         semantic_before: (H, W) integers, the semantic segmentation before the CRF.
         num_labels: L.
+        validity: (D,) Pr(Y_d = 1) of the sample's detections; default: their scores, as where Y is ignored.
 
     Raises:
-        ValueError: If the sample has no ground truth, or the prediction no semantic part or a NaN score.
+        ValueError: If the sample has no ground truth, the prediction no semantic part, or scores or validity are unfit.
     """
     truth = sample.known_instances
     if sample.semantic is None or truth is None:
         raise ValueError(f"{sample.image_id}: expected ground truth to evaluate against, got none")
     if predicted.semantic is None or not np.isfinite(predicted.scores).all():
         raise ValueError(f"{sample.image_id}: expected a semantic segmentation and finite scores")
+    detections = sample.detections
+    validity = detections.scores if validity is None else validity
+    fits = validity.shape == detections.scores.shape and bool(np.isfinite(validity).all())
+    require(fits, f"{sample.image_id}: validity", f"{len(detections)} finite numbers", validity)
     joint = _joint_histogram(truth, len(sample.instance_labels), predicted)
     union = joint.sum(1)[:, None] + joint.sum(0)[None, :] - joint
     iou = (joint / np.maximum(union, 1))[1:, 1:]
@@ -108,6 +132,10 @@ def image_record(sample: Sample, predicted: InstanceMap, semantic_before: np.nda
         truth_labels=sample.instance_labels[truths].astype(np.int64),
         confusion_before=confusion_matrix(sample.semantic, semantic_before, num_labels),
         confusion_after=confusion_matrix(sample.semantic, predicted.semantic, num_labels),
+        detection_labels=detections.labels,
+        detection_scores=detections.scores.astype(np.float64),
+        validity=validity.astype(np.float64),
+        matched=match_boxes(detections, truth, sample.instance_labels) >= 0,
     )
 
 
@@ -143,15 +171,10 @@ def ap_r(records: Iterable[ImageRecord], num_labels: int, rule: MatchingRule = "
     for first, second in pairwise(records):
         if first.image_id == second.image_id:
             raise ValueError(f"records: expected each image once, got {first.image_id} twice")
-    classes = [[_of_class(record, label) for record in records] for label in range(1, num_labels)]
+    classes = [[record.of_class(label) for record in records] for label in range(1, num_labels)]
     values = [[_class_ap(images, threshold, rule) for images in classes] for threshold in THRESHOLDS]
     num_truths = [sum(iou.shape[1] for _, iou in images) for images in classes]
     return ApR(np.array(values), np.array(num_truths))
-
-
-def _of_class(record: ImageRecord, label: int) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, "P G"]]:
-    mine = record.labels == label
-    return record.scores[mine], record.iou[mine][:, record.truth_labels == label]
 
 
 def _class_ap(images: list[tuple[np.ndarray, np.ndarray]], threshold: float, rule: MatchingRule) -> float:
@@ -159,17 +182,8 @@ def _class_ap(images: list[tuple[np.ndarray, np.ndarray]], threshold: float, rul
     if num_truths == 0:
         return float("nan")
     scores = np.concatenate([scores for scores, _ in images])
-    hits = np.concatenate([_hits(scores, iou, threshold, rule) for scores, iou in images])
+    hits = np.concatenate([find_hits(scores, iou, threshold, rule) for scores, iou in images])
     return _area(hits[np.argsort(-scores, kind="stable")], num_truths, rule)
-
-
-def _hits(
-    scores: Float[np.ndarray, " P"], iou: Float[np.ndarray, "P G"], threshold: float, rule: MatchingRule
-) -> Bool[np.ndarray, " P"]:
-    """Return (P,) bool: which predictions of one image and class are correct."""
-    if rule == "authors":
-        return np.any(iou > threshold, axis=1)
-    return match_greedily(scores, iou, threshold) >= 0
 
 
 def _area(hits: Bool[np.ndarray, " P"], num_truths: int, rule: MatchingRule) -> float:

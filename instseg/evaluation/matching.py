@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from instseg.config import MatchingRule
 from instseg.shapes import Bool, Float, Int, Integer
 from instseg.structures import Detections
 
@@ -31,6 +32,16 @@ def match_greedily(
             matches[index] = best
             free[:, best] = -1.0
     return matches
+
+
+def find_hits(
+    scores: Float[np.ndarray, " P"], iou: Float[np.ndarray, "P G"], threshold: float, rule: MatchingRule
+) -> Bool[np.ndarray, " P"]:
+    """Which of the predictions of one image and class are correct, (P,) bool.
+
+    With `authors` all above the threshold are, duplicates included; else as `match_greedily`.
+    """
+    return np.any(iou > threshold, axis=1) if rule == "authors" else match_greedily(scores, iou, threshold) >= 0
 
 
 def match_boxes(

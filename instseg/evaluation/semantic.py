@@ -35,9 +35,14 @@ def confusion_matrix(
 
 def label_iou(confusion: Integer[np.ndarray, "L L"]) -> Float[np.ndarray, " L"]:
     """Return (L,) float64 intersection over union in 0..1; NaN for a label that occurs nowhere."""
-    correct = np.diag(confusion).astype(np.float64)
-    union = confusion.sum(0) + confusion.sum(1) - correct
+    correct, union = intersection_and_union(confusion)
     return np.divide(correct, union, out=np.full(len(correct), np.nan), where=union > 0)
+
+
+def intersection_and_union(confusion: Integer[np.ndarray, "L L"]) -> tuple[Float[np.ndarray, " L"], ...]:
+    """Return two (L,) float64: pixels in both truth and prediction, and in either; they add up over images."""
+    correct = np.diag(confusion).astype(np.float64)
+    return correct, confusion.sum(0) + confusion.sum(1) - correct
 
 
 def mean_iou(confusion: Integer[np.ndarray, "L L"]) -> float:
