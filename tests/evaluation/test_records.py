@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from instseg.evaluation.ap_r import ImageRecord
+from instseg.evaluation.records import FORMAT_VERSION, SCHEMA, read_records, write_records
+
+
+def some_records() -> list[ImageRecord]:
+    """Of 0 to 3 predictions, true instances and detections."""
+    rng = np.random.default_rng(0)
+    return [
+        ImageRecord(
+            image_id=f"bild_ä{index}",
+            labels=rng.integers(1, 4, num),
+            scores=rng.random(num),
+            iou=rng.random((num, 3 - num)),
+            truth_labels=rng.integers(1, 4, 3 - num),
+            confusion_before=rng.integers(0, 2**60, (4, 4)),
+            confusion_after=rng.integers(0, 9, (4, 4)),
+            detection_labels=rng.integers(1, 4, index % 3),
+            detection_scores=rng.random(index % 3),
+            validity=rng.random(index % 3),
+            matched=rng.random(index % 3) < 0.5,
+        )
+        for index, num in enumerate([2, 0, 3, 1])
+    ]
+
+
+def assert_same(first: list[ImageRecord], second: list[ImageRecord]) -> None:
+    assert [record.image_id for record in first] == [record.image_id for record in second]
+    for one, other in zip(first, second, strict=True):
+        for name, value in vars(one).items():
+            if name != "image_id":
+                assert value.dtype == vars(other)[name].dtype
+                np.testing.assert_array_equal(value, vars(other)[name])
+
+
+def test_what_is_written_is_read_to_the_bit_and_in_order(tmp_path: Path) -> None:
+    records = some_records()
+    write_records(tmp_path / "a.arrow", records)
+    assert_same(read_records(tmp_path / "a.arrow"), records)
+    write_records(tmp_path / "b.arrow", read_records(tmp_path / "a.arrow"))
+    assert (tmp_path / "a.arrow").read_bytes() == (tmp_path / "b.arrow").read_bytes()
+    write_records(tmp_path / "none.arrow", [])
+    assert read_records(tmp_path / "none.arrow") == []
+
+
+def test_the_file_has_every_field_of_a_record() -> None:
+    assert SCHEMA.names == [field.name for field in fields(ImageRecord)]
+
+
+def test_no_damage_goes_unnoticed(tmp_path: Path) -> None:
+    path, records = tmp_path / "records.arrow", some_records()
+    write_records(path, records)
+    content, num_noticed = path.read_bytes(), 0
+    for place in range(0, len(content), 37):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x41]) + content[place + 1 :])
+        try:
+            assert_same(read_records(path), records)  # padding, or what names the writer
+        except ValueError as error:
+            assert str(path) in str(error)
+            num_noticed += 1
+    assert num_noticed > len(content) / 74
+    for size in (0, 5, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:size])
+        with pytest.raises(ValueError, match="damaged, or not an Arrow file"):
+            read_records(path)
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="beside a result's results.json"):
+        read_records(tmp_path / "missing.arrow")
+    path = tmp_path / "foreign.arrow"
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="damaged, or not an Arrow file"):
+        read_records(path)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA):
+        pass
+    with pytest.raises(ValueError, match=f"expected records of format {FORMAT_VERSION}, got none"):
+        read_records(path)
+    later = SCHEMA.with_metadata({"instseg.records.version": "99"})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, later):
+        pass
+    with pytest.raises(ValueError, match="got 99; evaluate again"):
+        read_records(path)
