@@ -65,10 +65,9 @@ def read_records(path: Path) -> list[ImageRecord]:
         raise ValueError(f"{path}: expected records of format {FORMAT_VERSION}, got {version}; evaluate again")
     try:
         records = [_record(table.slice(row, 1)) for row in range(len(table))]
-        intact = metadata.get(_DIGEST) == _digest(records)
     except ValueError:
-        intact = False
-    if not intact:
+        records = None
+    if records is None or metadata.get(_DIGEST) != _digest(records):
         raise ValueError(f"{path}: damaged: its values are not those that were written; evaluate again")
     return records
 

@@ -95,6 +95,8 @@ def _check_paired(first: list[ImageRecord], second: list[ImageRecord]) -> None:
         name = "first" if unpaired[0] in ids[0] else "second"
         raise ValueError(f"expected records of the same images, got {unpaired[0]} in {name} alone ({len(unpaired)} so)")
     for one, other in zip(first, second, strict=True):
+        num_labels = len(one.confusion_after), len(other.confusion_after)
+        require(num_labels[0] == num_labels[1], f"{one.image_id}: second", f"{num_labels[0]} labels", num_labels[1])
         truths = [(record.truth_labels.tolist(), record.confusion_after.sum(1).tolist()) for record in (one, other)]
         require(truths[0] == truths[1], one.image_id, "the same ground truth in both", "another in second")
 

@@ -8,7 +8,8 @@ from instseg.config import AblateConfig, EvaluateConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.jobs.evaluate import evaluate_ablation, running_evaluators, start_tracker
 from instseg.jobs.tracking import how_to_open
-from instseg.report.tables import ROWS, Evaluation, ablation_tables, write_json
+from instseg.report.ablation import ROWS, ablation_tables, compare_rows, difference_record, difference_tables
+from instseg.report.tables import Evaluation, write_json
 
 
 def ablate(config: AblateConfig) -> dict[str, Evaluation]:
@@ -26,11 +27,14 @@ def ablate(config: AblateConfig) -> dict[str, Evaluation]:
                 evaluations[row.name], _ = evaluate_ablation(
                     of_row, row.ablation, dataset, evaluators, out / row.name, tracker
                 )
-        text, markdown = ablation_tables(evaluations)
-        (out / "ablation.md").write_text(markdown)
-        write_json(out / "ablation.json", {name: evaluation.metrics() for name, evaluation in evaluations.items()})
+        comparisons = compare_rows(evaluations)
+        texts, markdowns = zip(ablation_tables(evaluations), difference_tables(comparisons), strict=True)
+        (out / "ablation.md").write_text("\n".join(markdowns))
+        rows = {name: evaluation.metrics() for name, evaluation in evaluations.items()}
+        write_json(out / "ablation.json", rows | {"differences": difference_record(comparisons)})
         for name in ("ablation.md", "ablation.json"):
             parent.log_artifact(out / name)
         parent.log_metrics(evaluations["full"].metrics())
-    print(f"{text}\n\nreport: {config.out}\nMLflow: {how_to_open(config.tracking)}")
+    print("\n\n".join(texts))
+    print(f"\nreport: {config.out}\nMLflow: {how_to_open(config.tracking)}")
     return evaluations

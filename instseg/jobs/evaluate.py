@@ -23,6 +23,7 @@ from instseg.models.checkpoint import INITIAL_WEIGHTS, check_classes, find_check
 from instseg.models.network import InstanceNetwork
 from instseg.report.pictures import save_panel
 from instseg.report.provenance import commit, provenance
+from instseg.report.reliability import save_reliability
 from instseg.report.tables import Evaluation, summary, write_report
 
 Config = TypeVar("Config", bound=AblateConfig)
@@ -108,6 +109,8 @@ def evaluate_ablation(
     evaluation = Evaluation.of(records, dataset.classes)
     measured = {"wall_s": time.perf_counter() - began}
     paths = write_report(evaluation, out, provenance(asdict(config)) | measured)
+    save_reliability(out / "calibration.png", evaluation.calibration)
+    paths.append(out / "calibration.png")
     if config.num_figures:
         chosen = _informative(records, dataset.image_ids, config.num_figures)
         maps = evaluators.instance_maps(chosen, ablation)

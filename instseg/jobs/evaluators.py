@@ -107,25 +107,23 @@ class _Evaluator:
         return self._named(index, lambda: self._record(index, ablation, oracle))
 
     def segment(self, index: int, ablation: Ablation) -> tuple[int, InstanceMap]:
-        return index, self._named(index, lambda: self._predict(self._dataset[index], ablation)[0])
+        return index, self._named(index, lambda: self._segment(index, ablation))
 
+    @torch.inference_mode()
     def _record(self, index: int, ablation: Ablation, oracle: Oracle | None) -> ImageRecord:
-        sample = self._dataset[index]
-        predicted, semantic_before = self._predict(sample, ablation, oracle)
-        return image_record(sample, predicted, semantic_before, self._dataset.num_labels)
+        sample, network = self._dataset[index], self._network
+        logits = network.semantic_logits(sample)
+        if oracle is not None:
+            sample = oracle(replace(sample, logits=logits.cpu().numpy()))
+            logits = torch.from_numpy(sample.logits).to(logits)
+        output = network(sample, ablation, logits)
+        predicted, semantic_before = network.instance_map(output, ablation), output.semantic_logits.argmax(0)
+        arrays = semantic_before.cpu().numpy(), self._dataset.num_labels, output.validity.cpu().numpy()
+        return image_record(sample, predicted, *arrays)
 
-    def _predict(
-        self, sample: Sample, ablation: Ablation, oracle: Oracle | None = None
-    ) -> tuple[InstanceMap, np.ndarray]:
-        """The instances with the refined semantic segmentation, and the (H, W) one before the CRF."""
-        with torch.inference_mode():
-            logits = self._network.semantic_logits(sample)
-            if oracle is not None:
-                sample = oracle(replace(sample, logits=logits.cpu().numpy()))
-                logits = torch.from_numpy(sample.logits).to(logits)
-            output = self._network(sample, ablation, logits)
-            semantic_before = output.semantic_logits.argmax(0).cpu().numpy()
-            return self._network.instance_map(output, ablation), semantic_before
+    @torch.inference_mode()
+    def _segment(self, index: int, ablation: Ablation) -> InstanceMap:
+        return self._network.instance_map(self._network(self._dataset[index], ablation), ablation)
 
     def _named(self, index: int, work: Callable[[], Result]) -> Result:
         """Run and add the image's id to the message of whatever is raised."""

@@ -4,56 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
 
-from instseg.config import FULL, Ablation, MatchingRule
+from instseg.config import MatchingRule
 from instseg.evaluation.ap_r import THRESHOLDS, ApR, ImageRecord, ap_r
+from instseg.evaluation.calibration import Calibration, calibrations
+from instseg.evaluation.records import write_records
 from instseg.evaluation.semantic import label_iou, mean_iou
 
 RULES: tuple[MatchingRule, ...] = get_args(MatchingRule)
+SCORE_TITLES = {"detector_score": "detector score", "validity": "Pr(Y)"}
 TABLE_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)  # the columns of the paper's tables
-
-
-class AblationRow(NamedTuple):
-    """A row of the paper's Table 1, or one below it.
-
-    Attributes:
-        name: In files, and of the MLflow run.
-        title: In tables.
-        ablation: What takes part.
-        paper: On VOC 2012 val (1449 images): AP^r at .5 to .9, AP^r_vol (Tables 1 and 2), mean IoU (4.2); NaN was not
-            reported.
-    """
-
-    name: str
-    title: str
-    ablation: Ablation
-    paper: tuple[float, ...] = (np.nan,) * 7
-
-
-_WITHOUT = Ablation(detection_potentials=False, validity=False)
-ROWS = (
-    AblationRow("naive", "naive assignment (3.3)", Ablation(identification=False)),
-    AblationRow("identification", "identification alone", replace(_WITHOUT, instance_crf=False)),
-    AblationRow(
-        "no_detection_potentials",
-        "1 no detection potentials",
-        _WITHOUT,
-        (54.6, 48.5, 41.8, np.nan, np.nan, 50.0, 73.4),
-    ),
-    AblationRow(
-        "validity_ignored",
-        "2 validity Y ignored",
-        Ablation(validity=False),
-        (57.5, 51.6, 44.5, np.nan, np.nan, 52.4, 75.3),
-    ),
-    AblationRow("full", "3 full", FULL, (58.3, 52.4, 45.4, 34.9, 20.1, 53.1, 75.3)),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,17 +28,19 @@ class Evaluation:
 
     Attributes:
         classes: L names, [0] is "background".
-        num_images: Images evaluated.
+        records: Of all images.
         ap_r: AP^r under each matching rule.
         confusion_before: (L, L) int64, semantic segmentation before the CRF.
         confusion_after: (L, L) int64, after it.
+        calibration: Of the detections' `detector_score` and `validity`.
     """
 
     classes: tuple[str, ...]
-    num_images: int
+    records: tuple[ImageRecord, ...]
     ap_r: dict[MatchingRule, ApR]
     confusion_before: np.ndarray
     confusion_after: np.ndarray
+    calibration: dict[str, Calibration]
 
     @staticmethod
     def of(records: Sequence[ImageRecord], classes: tuple[str, ...]) -> Evaluation:
@@ -80,14 +48,20 @@ class Evaluation:
         num_labels = len(classes)
         return Evaluation(
             classes=classes,
-            num_images=len(records),
+            records=tuple(records),
             ap_r={rule: ap_r(records, num_labels, rule) for rule in RULES},
             confusion_before=np.sum([record.confusion_before for record in records], axis=0),
             confusion_after=np.sum([record.confusion_after for record in records], axis=0),
+            calibration=calibrations(records),
         )
 
+    @property
+    def num_images(self) -> int:
+        """How many were evaluated."""
+        return len(self.records)
+
     def metrics(self) -> dict[str, float]:
-        """Percentages by name; the default rule, `sds`, has no prefix."""
+        """Percentages by name, but `nll_nats`; the default rule, `sds`, has no prefix."""
         values = {}
         for rule, scores in self.ap_r.items():
             prefix = "" if rule == "sds" else f"{rule}/"
@@ -95,6 +69,9 @@ class Evaluation:
             values[f"{prefix}ap_r_vol"] = 100 * scores.mean_volume
         values["mean_iou_before"] = 100 * mean_iou(self.confusion_before)
         values["mean_iou_after"] = 100 * mean_iou(self.confusion_after)
+        for name, found in self.calibration.items():
+            values |= {f"{name}/ap": 100 * found.ap, f"{name}/ece": 100 * found.ece}
+            values |= {f"{name}/brier": 100 * found.brier, f"{name}/nll_nats": found.nll_nats}
         return values
 
     def row(self, rule: MatchingRule = "sds") -> list[float]:
@@ -109,12 +86,22 @@ def summary(evaluation: Evaluation) -> str:
     header = ["AP^r [%]", *(f"{t:.1f}".lstrip("0") for t in TABLE_THRESHOLDS), "vol"]
     rows = [[rule, *(f"{value:.1f}" for value in evaluation.row(rule))] for rule in RULES]
     lines = [f"{evaluation.num_images} images", "", *align([header, *rows]), ""]
-    lines.append(f"mean IoU [%]  {metrics['mean_iou_before']:.1f} -> {metrics['mean_iou_after']:.1f} (CRF)")
+    lines += [f"mean IoU [%]  {metrics['mean_iou_before']:.1f} -> {metrics['mean_iou_after']:.1f} (CRF)", ""]
+    lines += [*_calibration_lines(evaluation.calibration), ""]
     num_truths = evaluation.ap_r["sds"].num_truths
     absent = [name for name, num in zip(evaluation.classes[1:], num_truths, strict=True) if not num]
     if absent:
         lines.append(f"without ground truth, left out of the mean AP^r: {', '.join(absent)}")
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
+
+
+def _calibration_lines(calibrations: dict[str, Calibration]) -> list[str]:
+    num = calibrations["detector_score"].count.sum()
+    table = [[f"{num} detections, right or wrong", "AP [%]", "ECE [%]", "Brier [%]", "NLL [nats]"]]
+    for name, found in calibrations.items():
+        percentages = (format_cell(100 * value) or "–" for value in (found.ap, found.ece, found.brier))
+        table.append([SCORE_TITLES[name], *percentages, "–" if np.isnan(found.nll_nats) else f"{found.nll_nats:.3f}"])
+    return align(table)
 
 
 def per_class(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -133,32 +120,14 @@ def per_class(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def _cells(rows: list[dict[str, Any]], columns: list[str]) -> list[list[str]]:
-    return [columns, *([_text(row.get(column, "")) for column in columns] for row in rows)]
+    return [columns, *([format_cell(row.get(column, "")) for column in columns] for row in rows)]
 
 
-def _text(value: object) -> str:
+def format_cell(value: object) -> str:
+    """A number with one decimal, NaN as nothing; anything else as it is."""
     if isinstance(value, float):
         return "" if np.isnan(value) else f"{value:.1f}"
     return str(value)
-
-
-def ablation_tables(evaluations: Mapping[str, Evaluation]) -> tuple[str, str]:
-    """Our rows of Table 1 beside the paper's, as aligned text and as Markdown.
-
-    Args:
-        evaluations: Of `ROWS` by name; a row that is not there is left out.
-    """
-    num_images = next(iter(evaluations.values())).num_images
-    columns = [*(f"{t:.1f}".lstrip("0") for t in TABLE_THRESHOLDS), "vol", "mIoU"]
-    header = [f"AP^r [%] (sds), {num_images} images", *columns, *(f"paper {column}" for column in columns)]
-    table = []
-    for row in ROWS:
-        if evaluation := evaluations.get(row.name):
-            ours = [*evaluation.row(), 100 * mean_iou(evaluation.confusion_after)]
-            table.append([row.title, *(_text(value) or "–" for value in (*ours, *row.paper))])
-    rule = ["-", *(["-:"] * (len(header) - 1))]
-    markdown = [f"| {' | '.join(row)} |" for row in [header, rule, *table]]
-    return "\n".join(align([header, *table])), "\n".join(markdown) + "\n"
 
 
 def align(table: Sequence[Sequence[str]]) -> list[str]:
@@ -171,7 +140,7 @@ def align(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def write_report(evaluation: Evaluation, out: Path, provenance: dict[str, Any]) -> list[Path]:
-    """Write results.json, per_class.csv and report.txt into `out`; their paths."""
+    """Write results.json, per_class.csv, report.txt and records.arrow into `out`; their paths."""
     out.mkdir(parents=True, exist_ok=True)
     rows = per_class(evaluation)
     columns = list(rows[-1])
@@ -180,6 +149,7 @@ def write_report(evaluation: Evaluation, out: Path, provenance: dict[str, Any]) 
         "num_images": evaluation.num_images,
         "metrics": evaluation.metrics(),
         "per_class": rows,
+        "reliability": {name: _reliability(found) for name, found in evaluation.calibration.items()},
         **provenance,
     }
     write_json(out / "results.json", results)
@@ -189,7 +159,16 @@ def write_report(evaluation: Evaluation, out: Path, provenance: dict[str, Any]) 
     table = _cells(rows, [column for column in columns if column not in unseen])
     text = "\n".join([summary(evaluation), "", *align(table)])
     (out / "report.txt").write_text(text + "\n")
-    return [out / name for name in ("results.json", "per_class.csv", "report.txt")]
+    write_records(out / "records.arrow", evaluation.records)
+    return [out / name for name in ("results.json", "per_class.csv", "report.txt", "records.arrow")]
+
+
+def _reliability(found: Calibration) -> list[dict[str, float]]:
+    """One row of each bin of scores, for JSON; percentages, NaN in a bin without detections."""
+    return [
+        {"mean_score": 100 * float(score), "share_right": 100 * float(right), "count": int(count)}
+        for score, right, count in zip(found.mean_score, found.share_right, found.count, strict=True)
+    ]
 
 
 def write_json(path: Path, content: Any) -> None:

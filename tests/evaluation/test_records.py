@@ -62,10 +62,11 @@ def test_no_damage_goes_unnoticed(tmp_path: Path) -> None:
     for place in range(0, len(content), 37):
         path.write_bytes(content[:place] + bytes([content[place] ^ 0x41]) + content[place + 1 :])
         try:
-            assert_same(read_records(path), records)  # padding, or what names the writer
-        except ValueError as error:
-            assert str(path) in str(error)
+            found = read_records(path)
+        except ValueError:
             num_noticed += 1
+        else:
+            assert_same(found, records)  # padding between the values
     assert num_noticed > len(content) / 74
     for size in (0, 5, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:size])
@@ -74,7 +75,7 @@ def test_no_damage_goes_unnoticed(tmp_path: Path) -> None:
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="beside a result's results.json"):
+    with pytest.raises(FileNotFoundError, match=r"beside a result's results\.json"):
         read_records(tmp_path / "missing.arrow")
     path = tmp_path / "foreign.arrow"
     path.write_text("{}")

@@ -23,6 +23,7 @@ from instseg.data.dataset import PreparedDataset
 from instseg.evaluation.ap_r import ImageRecord
 from instseg.evaluation.oracles import true_map
 from instseg.evaluation.semantic import mean_iou
+from instseg.evaluation.records import read_records
 from instseg.jobs.ablate import ablate
 from instseg.jobs.cluster import JobError
 from instseg.jobs.devices import EvaluatorPlan
@@ -31,7 +32,8 @@ from instseg.jobs.evaluators import Evaluators
 from instseg.jobs.mlflow_server import resolve_uri
 from instseg.models.checkpoint import save_checkpoint
 from instseg.models.network import InstanceNetwork
-from instseg.report.tables import ROWS, summary
+from instseg.report.ablation import ROWS
+from instseg.report.tables import Evaluation, summary
 from instseg.structures import Sample
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -141,7 +143,16 @@ def test_evaluate_reports_and_records(config: EvaluateConfig, capsys: pytest.Cap
     assert run.data.params["device"] == "cpu"
     assert run.data.metrics["authors/ap_r_vol"] == pytest.approx(evaluation.metrics()["authors/ap_r_vol"])
     artifacts = {path.name for path in (out.parent / "mlartifacts").rglob("*") if path.is_file()}
-    assert artifacts == {"results.json", "per_class.csv", "report.txt", "panel.png"}
+    assert artifacts == {
+        *("results.json", "per_class.csv", "report.txt", "records.arrow"),
+        *("calibration.png", "panel.png"),
+    }
+    records = read_records(out / "records.arrow")
+    assert Evaluation.of(records, evaluation.classes).metrics() == evaluation.metrics()
+    detections = [sample.detections for sample in PreparedDataset(config.data)]
+    assert [len(record.validity) for record in records] == [len(found) for found in detections]
+    assert any((record.validity != record.detection_scores).any() for record in records)
+    assert any(record.matched.any() for record in records)
 
 
 def test_a_diagnosis_is_printed_written_and_recorded(
@@ -170,16 +181,22 @@ def test_a_true_map_reaches_the_crf_of_a_semantic_network(tiny_data: Path) -> No
     assert mean_iou(np.sum([record.confusion_before for record in records], axis=0)) == 1.0
 
 
-def test_ablate_puts_the_rows_side_by_side(config: EvaluateConfig) -> None:
+def test_ablate_puts_the_rows_side_by_side(config: EvaluateConfig, capsys: pytest.CaptureFixture[str]) -> None:
     rows = ablate(AblateConfig(config.data, config.out, tracking=config.tracking, num_figures=0))
     assert list(rows) == [row.name for row in ROWS]
     alone = evaluate(replace(config, num_figures=0, ablation=ROWS[1].ablation))
     assert alone.metrics() == pytest.approx(rows["identification"].metrics(), nan_ok=True)
     out = Path(config.out)
     table = (out / "ablation.md").read_text().splitlines()
-    assert len(table) == 2 + len(ROWS)
-    assert "| 53.1 | 75.3 |" in table[-1]
-    assert json.loads((out / "ablation.json").read_text())["full"] == pytest.approx(rows["full"].metrics())
+    assert len(table) == 2 + len(ROWS) + 1 + 2 + len(ROWS) - 1
+    assert "| 53.1 | 75.3 |" in table[1 + len(ROWS)]
+    printed = capsys.readouterr().out
+    assert "full - row (95 % interval, 2000 resamples of the images)" in printed
+    written = json.loads((out / "ablation.json").read_text())
+    assert written["full"] == pytest.approx(rows["full"].metrics())
+    naive, difference = written["naive"], written["differences"]["naive"]["ap_r_vol"]
+    assert difference["value"] == pytest.approx(written["full"]["ap_r_vol"] - naive["ap_r_vol"])
+    assert difference["low"] <= difference["value"] <= difference["high"]
     runs = runs_of(config)
     parents = {runs[row].data.tags["mlflow.parentRunId"] for row in rows}
     assert len(parents) == 1

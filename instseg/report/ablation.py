@@ -1,0 +1,108 @@
+"""The rows of the paper's Table 1 side by side, and what each lacks of the full system, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from instseg.config import FULL, Ablation
+from instseg.evaluation.semantic import mean_iou
+from instseg.evaluation.significance import Comparison, Difference, compare
+from instseg.report.tables import TABLE_THRESHOLDS, Evaluation, align, format_cell
+
+
+class AblationRow(NamedTuple):
+    """A row of the paper's Table 1, or one below it.
+
+    Attributes:
+        name: In files, and of the MLflow run.
+        title: In tables.
+        ablation: What takes part.
+        paper: On VOC 2012 val (1449 images): AP^r at .5 to .9, AP^r_vol (Tables 1 and 2), mean IoU (4.2); NaN was not
+            reported.
+    """
+
+    name: str
+    title: str
+    ablation: Ablation
+    paper: tuple[float, ...] = (np.nan,) * 7
+
+
+_WITHOUT = Ablation(detection_potentials=False, validity=False)
+ROWS = (
+    AblationRow("naive", "naive assignment (3.3)", Ablation(identification=False)),
+    AblationRow("identification", "identification alone", replace(_WITHOUT, instance_crf=False)),
+    AblationRow(
+        "no_detection_potentials",
+        "1 no detection potentials",
+        _WITHOUT,
+        (54.6, 48.5, 41.8, np.nan, np.nan, 50.0, 73.4),
+    ),
+    AblationRow(
+        "validity_ignored",
+        "2 validity Y ignored",
+        Ablation(validity=False),
+        (57.5, 51.6, 44.5, np.nan, np.nan, 52.4, 75.3),
+    ),
+    AblationRow("full", "3 full", FULL, (58.3, 52.4, 45.4, 34.9, 20.1, 53.1, 75.3)),
+)
+
+
+def ablation_tables(evaluations: Mapping[str, Evaluation]) -> tuple[str, str]:
+    """Our rows of Table 1 beside the paper's, as aligned text and as Markdown.
+
+    Args:
+        evaluations: Of `ROWS` by name; a row that is not there is left out.
+    """
+    num_images = next(iter(evaluations.values())).num_images
+    columns = [*(f"{t:.1f}".lstrip("0") for t in TABLE_THRESHOLDS), "vol", "mIoU"]
+    table = [[f"AP^r [%] (sds), {num_images} images", *columns, *(f"paper {column}" for column in columns)]]
+    for row in ROWS:
+        if evaluation := evaluations.get(row.name):
+            ours = [*evaluation.row(), 100 * mean_iou(evaluation.confusion_after)]
+            table.append([row.title, *(format_cell(value) or "–" for value in (*ours, *row.paper))])
+    return "\n".join(align(table)), _markdown(table)
+
+
+def compare_rows(evaluations: Mapping[str, Evaluation]) -> dict[str, Comparison]:
+    """Full minus row, for each row but `full`, by name."""
+    full = evaluations["full"].records
+    return {name: compare(of_row.records, full) for name, of_row in evaluations.items() if name != "full"}
+
+
+def difference_tables(comparisons: Mapping[str, Comparison]) -> tuple[str, str]:
+    """What `compare_rows` found, as aligned text and as Markdown."""
+    num_resamples = next(iter(comparisons.values())).num_resamples
+    table = [[f"full - row (95 % interval, {num_resamples} resamples of the images)", "AP^r_vol", "mIoU"]]
+    for row in ROWS:
+        if found := comparisons.get(row.name):
+            table.append([row.title, _interval(found.ap_r_vol), _interval(found.mean_iou)])
+    return "\n".join(align(table)), _markdown(table)
+
+
+def difference_record(comparisons: Mapping[str, Comparison]) -> dict[str, Any]:
+    """What `compare_rows` found in percent, for JSON: row, score, then value, low and high."""
+    return {
+        name: {"num_resamples": found.num_resamples}
+        | {f"ap_r_{threshold}": _percent(difference) for threshold, difference in found.ap_r.items()}
+        | {"ap_r_vol": _percent(found.ap_r_vol), "mean_iou_after": _percent(found.mean_iou)}
+        for name, found in comparisons.items()
+    }
+
+
+def _percent(difference: Difference) -> dict[str, float]:
+    return {name: 100 * value for name, value in difference._asdict().items()}
+
+
+def _interval(difference: Difference) -> str:
+    value, low, high = (100 * number for number in difference)
+    return "–" if np.isnan(value) else f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _markdown(table: Sequence[Sequence[str]]) -> str:
+    header, *rows = table
+    rule = ["-", *(["-:"] * (len(header) - 1))]
+    return "".join(f"| {' | '.join(row)} |\n" for row in [header, rule, *rows])
