@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from instseg.checks import fields_as_declared, non_negative, positive, unit_interval
+from instseg.checks import fields_as_declared, non_negative, positive, require, unit_interval
 
 Accuracy = Literal["fast", "ring", "exact"]
 Normalization = Literal["after", "symmetric", "none"]
@@ -134,7 +134,7 @@ class TrackingConfig(_Checked):
 
 @dataclass(frozen=True)
 class TrainConfig(_Checked):
-    """workflows/train.py."""
+    """workflows/train.py, and workflows/crossvalidate.py, which holds out each fold in turn."""
 
     data: str  # directory that prepare.py wrote
     out: str  # run directory: checkpoints, logs; a second run with the same directory resumes
@@ -157,12 +157,17 @@ class TrainConfig(_Checked):
     seed: int = 0
     max_failures: int = 2  # worker failures that a run survives, each from its latest checkpoint
     keep_checkpoints: int = 3  # the latest ones; with FCN-8s each takes 1.6 GB
+    held_out: int | None = None  # the fold, from 0, that is not trained on; default: all images are trained on
+    num_folds: int = 5  # into which the images are split where one is held out
+    fold_seed: int = 0  # of that split, which nothing else depends on but the images' ids
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("num_workers", "cpus_per_worker", "num_epochs", "keep_checkpoints"):
             positive(name, getattr(self, name))
         unit_interval("probability_floor", self.probability_floor)
+        if self.held_out is not None:
+            require(0 <= self.held_out < self.num_folds, "held_out", f"0 to {self.num_folds - 1}", self.held_out)
         for name in ("learning_rate_crf", "learning_rate_compatibility", "learning_rate_network", "max_failures"):
             non_negative(name, getattr(self, name))
 

@@ -68,6 +68,13 @@ def test_negative_iterations_are_refused(kind):
         kind(num_iterations=-3)
 
 
+def test_a_fold_that_does_not_exist_is_refused():
+    assert TrainConfig("data", "out", held_out=2, num_folds=3).held_out == 2
+    for fold in (-1, 3):
+        with pytest.raises(ValueError, match=f"held_out: expected 0 to 2, got {fold}"):
+            TrainConfig("data", "out", held_out=fold, num_folds=3)
+
+
 def test_whole_numbers_are_weights_too():
     weights = dict.fromkeys(("spatial_weight", "bilateral_weight", "detection_weight_x", "detection_weight_y"), 8)
     crf = HigherOrderCRF(3, SemanticCrfConfig(**weights))

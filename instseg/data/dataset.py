@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,13 @@ class PreparedDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_verified": set()}  # another process may see other bytes
+
+    def subset(self, indices: Iterable[int]) -> PreparedDataset:
+        """The samples at `indices`, in their order, as a data set of its own that reads the same shards."""
+        part, indices = copy.copy(self), list(indices)
+        part._rows = [self._rows[index] for index in indices]
+        part.image_ids = tuple(self.image_ids[index] for index in indices)
+        return part
 
     def verify(self) -> None:
         """Compare the hash of every shard with the manifest's.

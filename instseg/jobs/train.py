@@ -10,6 +10,7 @@ from pathlib import Path
 
 from instseg.config import TrainConfig
 from instseg.data.dataset import PreparedDataset
+from instseg.data.folds import training_images
 from instseg.jobs.cluster import cluster, cluster_nodes
 from instseg.jobs.devices import describe, training_device
 from instseg.jobs.folder import check_folder
@@ -22,11 +23,15 @@ from instseg.models.checkpoint import Checkpoint, find_checkpoint, latest_checkp
 _SPOOL = "mlflow_spool.jsonl"
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, parent: Tracker | None = None) -> Path:
     """Train to `num_epochs`, continuing from the run directory's latest checkpoint; do nothing if that is there.
 
     Uses the Ray cluster that this process is connected to, or the one at RAY_ADDRESS, or starts one on this machine
     for the time of the run.
+
+    Args:
+        config: The run.
+        parent: Of the MLflow run, which is then named by the folder that the run directory is in.
 
     Returns:
         The folder of the latest checkpoint.
@@ -41,7 +46,7 @@ def train(config: TrainConfig) -> Path:
         ray.train.TrainingFailedError: If workers failed as often for another reason.
     """
     check_folder(Path(config.out))
-    dataset = PreparedDataset(config.data)
+    dataset = training_images(config)
     check_data(config, dataset)
     check_model(config.model, dataset.num_labels)
     config = _with_absolute_paths(config)
@@ -51,11 +56,11 @@ def train(config: TrainConfig) -> Path:
         check_same_run(checkpoint, training_settings(config, dataset))
     epoch = checkpoint.state["epoch"] if checkpoint else 0
     if epoch < config.num_epochs:
-        _continue(config, dataset, checkpoint)
+        _continue(config, dataset, checkpoint, parent)
     else:
         print(f"nothing to do: {run} has finished its {epoch} epochs", flush=True)
         if (run / _SPOOL).exists():  # MLflow could not be reached, or the driver was killed before it had logged all
-            with _recorded(config, dataset, checkpoint):
+            with _recorded(config, dataset, checkpoint, parent):
                 pass
     checkpoint = find_checkpoint(run)
     print(f"latest checkpoint: {checkpoint.folder}", flush=True)
@@ -70,7 +75,9 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     return replace(config, data=str(Path(config.data).resolve()), out=str(Path(config.out).resolve()))
 
 
-def _continue(config: TrainConfig, dataset: PreparedDataset, checkpoint: Checkpoint | None) -> None:
+def _continue(
+    config: TrainConfig, dataset: PreparedDataset, checkpoint: Checkpoint | None, parent: Tracker | None
+) -> None:
     with cluster():
         config = _with_device(config)
         epoch = checkpoint.state["epoch"] if checkpoint else 0
@@ -79,7 +86,7 @@ def _continue(config: TrainConfig, dataset: PreparedDataset, checkpoint: Checkpo
             f"{config.num_workers} workers on {config.device.upper()}s: {config.out}",
             flush=True,
         )
-        with _recorded(config, dataset, checkpoint) as tracker:
+        with _recorded(config, dataset, checkpoint, parent) as tracker:
             fit(config, tracker, epoch)
 
 
@@ -100,10 +107,13 @@ def _with_device(config: TrainConfig) -> TrainConfig:
 
 
 @contextmanager
-def _recorded(config: TrainConfig, dataset: PreparedDataset, checkpoint: Checkpoint | None) -> Iterator[Tracker]:
+def _recorded(
+    config: TrainConfig, dataset: PreparedDataset, checkpoint: Checkpoint | None, parent: Tracker | None
+) -> Iterator[Tracker]:
     """The MLflow run: first what the checkpoint knows of it, at the end the latest checkpoint itself."""
     run, settings = Path(config.out), training_settings(config, dataset)
-    with Tracker.start(config.tracking, run.name, settings, {"workflow": "train"}, run / _SPOOL) as tracker:
+    name = run.parent.name if parent else run.name
+    with Tracker.start(config.tracking, name, settings, {"workflow": "train"}, run / _SPOOL, parent) as tracker:
         _log_records(tracker, checkpoint)
         yield tracker
         latest = find_checkpoint(run)

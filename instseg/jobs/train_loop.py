@@ -19,6 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from instseg.config import TrainConfig
 from instseg.data.dataset import PreparedDataset
+from instseg.data.folds import training_images
 from instseg.jobs.run_log import EpochLog
 from instseg.models.checkpoint import (
     FOLDER,
@@ -113,7 +114,7 @@ def training_settings(config: TrainConfig, dataset: PreparedDataset) -> dict[str
 
 
 def _build(config: TrainConfig, checkpoint: Checkpoint | None) -> _Worker:
-    dataset = PreparedDataset(config.data)
+    dataset = training_images(config)
     torch.manual_seed(config.seed)
     model = replace(config.model, semantic_weights=None) if checkpoint else config.model
     network = InstanceNetwork(model, dataset.num_labels).train()

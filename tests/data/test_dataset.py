@@ -37,6 +37,18 @@ def test_is_cheap_to_send(root: Path) -> None:
     assert pickle.loads(content)[3].image_id == "scene_00003"  # noqa: S301
 
 
+def test_a_subset_is_a_data_set_of_those_samples(root: Path) -> None:
+    whole = PreparedDataset(str(root))
+    part = pickle.loads(pickle.dumps(whole.subset([3, 0])))  # noqa: S301
+    assert part.image_ids == ("scene_00003", "scene_00000")
+    assert [sample.image_id for sample in (part[0], part[1])] == list(part.image_ids)
+    np.testing.assert_array_equal(part[0].image, whole[3].image)
+    assert (len(part), part.classes, part.subset([1]).image_ids) == (2, whole.classes, ("scene_00000",))
+    assert len(whole) == len(whole.image_ids) == 4
+    with pytest.raises(IndexError):
+        part[2]
+
+
 def test_a_directory_without_manifest(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no manifest\.json in it; run workflows/prepare\.py first"):
         PreparedDataset(str(tmp_path))
