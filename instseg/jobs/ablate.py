@@ -7,7 +7,7 @@ from pathlib import Path
 from instseg.config import AblateConfig, EvaluateConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.jobs.evaluate import evaluate_ablation, running_evaluators, start_tracker
-from instseg.jobs.tracking import how_to_open
+from instseg.jobs.tracking import Tracker, how_to_open
 from instseg.report.ablation import ROWS, ablation_tables, compare_rows, difference_record, difference_tables
 from instseg.report.tables import Evaluation, write_json
 
@@ -27,14 +27,19 @@ def ablate(config: AblateConfig) -> dict[str, Evaluation]:
                 evaluations[row.name], _ = evaluate_ablation(
                     of_row, row.ablation, dataset, evaluators, out / row.name, tracker
                 )
-        comparisons = compare_rows(evaluations)
-        texts, markdowns = zip(ablation_tables(evaluations), difference_tables(comparisons), strict=True)
-        (out / "ablation.md").write_text("\n".join(markdowns))
-        rows = {name: evaluation.metrics() for name, evaluation in evaluations.items()}
-        write_json(out / "ablation.json", rows | {"differences": difference_record(comparisons)})
-        for name in ("ablation.md", "ablation.json"):
-            parent.log_artifact(out / name)
-        parent.log_metrics(evaluations["full"].metrics())
-    print("\n\n".join(texts))
+        write_ablation(evaluations, out, parent)
     print(f"\nreport: {config.out}\nMLflow: {how_to_open(config.tracking)}")
     return evaluations
+
+
+def write_ablation(evaluations: dict[str, Evaluation], out: Path, tracker: Tracker) -> None:
+    """Print the rows side by side, write them to ablation.md and ablation.json, and record both in MLflow."""
+    comparisons = compare_rows(evaluations)
+    texts, markdowns = zip(ablation_tables(evaluations), difference_tables(comparisons), strict=True)
+    (out / "ablation.md").write_text("\n".join(markdowns))
+    rows = {name: evaluation.metrics() for name, evaluation in evaluations.items()}
+    write_json(out / "ablation.json", rows | {"differences": difference_record(comparisons)})
+    for name in ("ablation.md", "ablation.json"):
+        tracker.log_artifact(out / name)
+    tracker.log_metrics(evaluations["full"].metrics())
+    print("\n\n".join(texts))

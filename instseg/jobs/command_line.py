@@ -35,7 +35,7 @@ def prepare() -> None:
 
 def train() -> None:
     """Train on a prepared data directory: checkpoints and an MLflow run."""
-    _run("train", _parse_training)
+    _run("train", lambda: _parse_training(train.__doc__))
 
 
 def evaluate() -> None:
@@ -46,6 +46,11 @@ def evaluate() -> None:
 def ablate() -> None:
     """Evaluate the rows of the paper's Table 1, and two simpler methods, side by side."""
     _run("ablate", lambda: _parse_evaluation(AblateConfig, ablate.__doc__))
+
+
+def crossvalidate() -> None:
+    """Train once for each of --num-folds parts of a data set, without it, and evaluate all images held out together."""
+    _run("crossvalidate", lambda: _parse_training(crossvalidate.__doc__))
 
 
 def demo() -> None:
@@ -80,12 +85,12 @@ def _explain(error: OSError, out: str) -> str:
     return str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
 
 
-def _parse_training() -> TrainConfig:
+def _parse_training(description: str | None) -> TrainConfig:
     """The recipe decides what the other options default to, so it is read before them."""
     name, arguments = _taken("--recipe")
     recipe = find_recipe(name or RECIPES[0].__name__)
     recipes = "; ".join(f"{recipe.__name__}: {recipe.__doc__}" for recipe in RECIPES)
-    description = f"{train.__doc__} --recipe NAME (default {RECIPES[0].__name__}) sets the defaults below. {recipes}"
+    description = f"{description} --recipe NAME (default {RECIPES[0].__name__}) sets the defaults below. {recipes}"
     default = recipe(tyro.MISSING, tyro.MISSING)
     return tyro.cli(TrainConfig, default=default, description=description, args=arguments)
 

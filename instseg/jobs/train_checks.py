@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,19 +49,31 @@ def check_same_run(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
     """Raise ValueError if a run with `settings` is not a continuation of the one that left the checkpoint."""
     check_classes(checkpoint, settings["classes"])
     # The cosine's length is `num_epochs`; a constant rate can go on for any time.
-    free = _FREE | ({"num_epochs"} if settings["train"]["learning_rate_schedule"] == "constant" else set())
-    before, now = _leaves(checkpoint.config, free), _leaves(settings, free)
-    for name in sorted(before.keys() | now.keys()):
+    free = {"num_epochs"} if settings["train"]["learning_rate_schedule"] == "constant" else set()
+    check_same_settings(checkpoint.folder.parents[1], checkpoint.config, settings, free)
+
+
+def check_same_settings(run: Path, before: dict[str, Any], now: dict[str, Any], free: Set[str] = frozenset()) -> None:
+    """Raise ValueError if `now` differs from the settings `before` of a run in what decides its outcome.
+
+    Args:
+        run: Its directory.
+        before: Settings as JSON values.
+        now: Settings as JSON values.
+        free: Fields that may differ, besides those that always may.
+    """
+    before, now = _leaves(before, _FREE | free), _leaves(now, _FREE | free)
+    for name in now | before:
         old, new = before.get(name), now.get(name)
         if old != new:
             why = "; the learning rate falls to 0 at the last of them" if name == "train.num_epochs" else ""
             raise ValueError(
-                f"out: {checkpoint.folder.parents[1]} was trained with {name} = {old!r}, not {new!r}{why}; "
+                f"out: {run} was trained with {name} = {old!r}, not {new!r}{why}; "
                 "use the same value to continue, or another --out"
             )
 
 
-def _leaves(settings: dict[str, Any], free: set[str], prefix: str = "") -> dict[str, Any]:
+def _leaves(settings: dict[str, Any], free: Set[str], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict):

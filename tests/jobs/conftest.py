@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +50,17 @@ def make_sample(index: int) -> Sample:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data directory of a few tiny images, as prepare writes it."""
-    root = tmp_path_factory.mktemp("data")
-    samples = [make_sample(index) for index in range(NUM_IMAGES)]
+    return _write_data(tmp_path_factory.mktemp("data"), range(NUM_IMAGES))
+
+
+@pytest.fixture(scope="session")
+def write_data() -> Callable[[Path, Iterable[int]], Path]:
+    """Writes a data directory of some of the tiny images into a folder."""
+    return _write_data
+
+
+def _write_data(root: Path, indices: Iterable[int]) -> Path:
+    samples = [make_sample(index) for index in indices]
     rows = []
     for sample in samples:
         png = encode_png(sample.image)

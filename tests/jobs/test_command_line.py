@@ -24,7 +24,7 @@ from instseg.models.network import InstanceNetwork
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.py"))
-RUNS = ["train", "evaluate", "ablate"]
+RUNS = ["train", "evaluate", "ablate", "crossvalidate"]
 Command = Callable[..., tuple[int, str]]
 
 
@@ -98,13 +98,14 @@ def test_out_must_be_a_folder(command: Command, tiny_data: Path, tmp_path: Path,
     assert f"error: out {out}: expected a folder or a new name, but {tmp_path / 'file'} is a file" in said
 
 
-def test_a_recipe_sets_the_defaults(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["train", "crossvalidate"])
+def test_a_recipe_sets_the_defaults(command: Command, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     taken = []
-    monkeypatch.setattr(import_module("instseg.jobs.train"), "train", taken.append)
-    monkeypatch.setattr("sys.argv", ["train", "--recipe", "voc_fcn8s", "--data", "d", "--out", "o", "--device", "cpu"])
-    command_line.train()
+    monkeypatch.setattr(import_module(f"instseg.jobs.{name}"), name, taken.append)
+    monkeypatch.setattr("sys.argv", [name, "--recipe", "voc_fcn8s", "--data", "d", "--out", "o", "--device", "cpu"])
+    getattr(command_line, name)()
     assert (taken[0].model.semantic, taken[0].num_epochs, taken[0].device) == ("fcn8s", 30, "cpu")
-    assert "did you mean 'voc_fcn8s'" in command("train", "--recipe", "voc_fcn8", "--data", "d", "--out", "o")[1]
+    assert "did you mean 'voc_fcn8s'" in command(name, "--recipe", "voc_fcn8", "--data", "d", "--out", "o")[1]
 
 
 @pytest.fixture
@@ -152,7 +153,7 @@ def test_help_needs_no_heavy_imports(tmp_path: Path) -> None:
         "        command()\n"
         "    except SystemExit:\n"
         "        pass\n"
-        "for name in ('prepare', 'train', 'evaluate', 'ablate', 'demo'):\n"
+        "for name in ('prepare', 'train', 'evaluate', 'ablate', 'crossvalidate', 'demo'):\n"
         "    leave(getattr(command_line, name), '--help')\n"
         "leave(command_line.evaluate, '--dota', 'd')\n"
         "print('imported', *{'torch', 'ray', 'mlflow'} & sys.modules.keys())\n"

@@ -1,0 +1,124 @@
+"""Cross-validation of a recipe: every image is scored by a network that was trained without it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from instseg.config import AblateConfig, TrainConfig
+from instseg.data.dataset import PreparedDataset
+from instseg.data.files import published, read_json, write_json
+from instseg.data.folds import split_folds
+from instseg.evaluation.records import read_records, write_records
+from instseg.jobs.ablate import write_ablation
+from instseg.jobs.cluster import cluster
+from instseg.jobs.evaluate import running_evaluators
+from instseg.jobs.folder import check_folder
+from instseg.jobs.tracking import Tracker, how_to_open
+from instseg.jobs.train import train
+from instseg.jobs.train_checks import check_data, check_model, check_same_settings
+from instseg.jobs.train_loop import training_settings
+from instseg.report.ablation import ROWS, AblationRow
+from instseg.report.provenance import provenance
+from instseg.report.tables import Evaluation, write_report
+
+_RECORDS = "records.arrow"
+_SPOOL = "mlflow_spool.jsonl"
+_TAGS = {"workflow": "crossvalidate"}
+
+
+def crossvalidate(config: TrainConfig) -> dict[str, Evaluation]:
+    """Train without each fold in turn, evaluate `ROWS` on it, and score the records of all folds together.
+
+    Writes for fold k its run directory `fold_<k>/run` and the records `fold_<k>/<row>/records.arrow`, then a report of
+    all images for each row, and the rows side by side. What is there already is not done again.
+
+    Args:
+        config: The training of each fold; `out` holds all of it, and `held_out` is None.
+
+    Returns:
+        The evaluations of all images, by row.
+
+    Raises:
+        ValueError: If `out` has folds of another cross-validation, or there cannot be so many folds; else as `train`
+            and `evaluate`, as are all other errors.
+    """
+    out = Path(config.out)
+    check_folder(out)
+    if config.held_out is not None:
+        raise ValueError(
+            f"held_out: expected none, as each fold is held out in turn, got {config.held_out}; leave it out"
+        )
+    dataset = PreparedDataset(config.data)
+    check_data(config, dataset)
+    check_model(config.model, dataset.num_labels)
+    folds = split_folds(dataset.image_ids, config.num_folds, config.fold_seed)
+    settings = training_settings(config, dataset)
+    _claim(out, settings | {"folds": {dataset.image_ids[i]: k for k, fold in enumerate(folds) for i in fold}})
+    with cluster(), Tracker.start(config.tracking, out.name, settings, _TAGS, out / _SPOOL) as parent:
+        _run_folds(config, dataset, folds, parent)
+        evaluations = {row.name: _pool(config, row, dataset, parent) for row in ROWS}
+        write_ablation(evaluations, out, parent)
+    print(f"\nreport: {config.out}\nMLflow: {how_to_open(config.tracking)}")
+    return evaluations
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Make `out` the folder of these settings and folds; ValueError if it has folds of others."""
+    path = out / "crossvalidation.json"
+    if any(out.glob("fold_*")):
+        check_same_settings(out, read_json(path), settings)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
+
+
+def _run_folds(
+    config: TrainConfig, dataset: PreparedDataset, folds: Sequence[tuple[int, ...]], parent: Tracker
+) -> None:
+    """Run the folds that lack records; say before each what it is and how long the rest may take."""
+    lacking = [k for k in range(len(folds)) if not all(_records_path(config, k, row).exists() for row in ROWS)]
+    estimate = ""
+    for num_done, fold in enumerate(lacking):
+        began, held_out = time.monotonic(), dataset.subset(folds[fold])
+        doing = f"training on {len(dataset) - len(held_out)} images, evaluating on the {len(held_out)} others"
+        print(f"fold {fold} ({num_done + 1} of {len(lacking)} to do): {doing}{estimate}", flush=True)
+        _run_fold(config, fold, held_out, parent)
+        minutes = (time.monotonic() - began) / 60
+        left = minutes * (len(lacking) - num_done - 1)
+        estimate = f"; the last fold took {minutes:.1f} min, the rest will take about {left:.1f}"
+
+
+def _run_fold(config: TrainConfig, fold: int, held_out: PreparedDataset, parent: Tracker) -> None:
+    """Train on all other images, then write the records of those held out."""
+    folder = Path(config.out) / f"fold_{fold}"
+    checkpoint = train(replace(config, held_out=fold, out=str(folder / "run")), parent)
+    evaluation = AblateConfig(config.data, str(folder), str(checkpoint), device=config.device)
+    with running_evaluators(evaluation, held_out) as (_, evaluators):
+        for row in ROWS:
+            path = _records_path(config, fold, row)
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                with published(path) as temporary:
+                    write_records(temporary, evaluators.records(row.ablation))
+
+
+def _pool(config: TrainConfig, row: AblationRow, dataset: PreparedDataset, parent: Tracker) -> Evaluation:
+    """Score the records of all folds once; write and log the report."""
+    records = [record for fold in range(config.num_folds) for record in read_records(_records_path(config, fold, row))]
+    evaluation = Evaluation.of(records, dataset.classes)
+    out = Path(config.out) / row.name
+    paths = write_report(evaluation, out, provenance(asdict(config)))
+    params = {"ablation": asdict(row.ablation)}
+    with Tracker.start(config.tracking, row.name, params, _TAGS, out / _SPOOL, parent) as tracker:
+        tracker.log_metrics(evaluation.metrics())
+        for path in paths:
+            tracker.log_artifact(path)
+    return evaluation
+
+
+def _records_path(config: TrainConfig, fold: int, row: AblationRow) -> Path:
+    return Path(config.out) / f"fold_{fold}" / row.name / _RECORDS

@@ -1,0 +1,12 @@
+#!/usr/bin/env python
+"""Train once for each fold of a data set, without it, and evaluate all held-out images together."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installing the package
+
+from instseg.jobs.command_line import crossvalidate
+
+if __name__ == "__main__":
+    crossvalidate()
