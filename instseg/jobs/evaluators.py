@@ -25,7 +25,7 @@ from instseg.jobs.cluster import JobError
 from instseg.jobs.devices import EvaluatorPlan, Processor
 from instseg.jobs.progress import progress
 from instseg.models.network import InstanceNetwork
-from instseg.structures import InstanceMap, Sample
+from instseg.structures import InstanceMap
 
 MAX_RESTARTS = 3  # of an actor whose process dies, e.g. for lack of memory
 Result = TypeVar("Result")

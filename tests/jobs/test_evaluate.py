@@ -22,8 +22,8 @@ from instseg.config import (
 from instseg.data.dataset import PreparedDataset
 from instseg.evaluation.ap_r import ImageRecord
 from instseg.evaluation.oracles import true_map
-from instseg.evaluation.semantic import mean_iou
 from instseg.evaluation.records import read_records
+from instseg.evaluation.semantic import mean_iou
 from instseg.jobs.ablate import ablate
 from instseg.jobs.cluster import JobError
 from instseg.jobs.devices import EvaluatorPlan
