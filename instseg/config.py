@@ -82,6 +82,9 @@ class ModelConfig(_Checked):
 
     semantic: str = "logits"  # "logits" (precomputed), "fcn8s", or a torchvision segmentation model by name
     semantic_weights: str | None = None  # "fcn8s": safetensors of VGG-16; torchvision: "default"; unset: random
+    # Learn F_d and the prior of Y_d from each detection's crop, and let F_d stand for B_d in Eq. 4. Else F_d is that of
+    # the data, the prior is the detector's score, and Eq. 4 is the paper's.
+    detection_head: bool = False
     semantic_crf: SemanticCrfConfig = field(default_factory=SemanticCrfConfig)
     instance_crf: InstanceCrfConfig = field(default_factory=InstanceCrfConfig)
     background: Background = "rescored"  # channel d0 inside boxes, ALGORITHM section 4
@@ -94,6 +97,8 @@ class Ablation(_Checked):
 
     detection_potentials: bool = True  # psi_d of Eq. 2
     validity: bool = True  # Pr(Y_d) replaces the detector's score, after inference
+    detection_head: bool = True  # what the model learned of each detection, where it did; else F_d of the data
+    shape: bool = True  # F_d of the detection head for B_d in Eq. 4
     identification: bool = True  # Eq. 4; else the naive assignment of section 3.3
     instance_crf: bool = True  # Eq. 5, after identification
 
@@ -142,12 +147,14 @@ class TrainConfig(_Checked):
     ablation: Ablation = FULL
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     num_epochs: int = 1
+    num_head_epochs: int = 0  # the first of them, which train the detection head alone and are fast
     num_workers: int = 2  # the batch: each takes one image a step
     device: Device = "auto"  # "gpu": a GPU for each worker; "auto": that if there are enough, else CPUs, and says so
     cpus_per_worker: int = 1
     learning_rate_crf: float = 0.05  # Adam, weights of kernels and detections
     learning_rate_compatibility: float = 0.005  # a tenth of the weights', as in CRF-as-RNN
     learning_rate_network: float = 1e-5  # semantic network, where it is trained
+    learning_rate_head: float = 1.5e-3  # detection head
     # "cosine" falls to 0 at the last step of `num_epochs`, which therefore stays the same when a run is continued.
     learning_rate_schedule: Literal["cosine", "constant"] = "cosine"
     semantic_loss_weight: float = 0.1
@@ -166,9 +173,19 @@ class TrainConfig(_Checked):
         for name in ("num_workers", "cpus_per_worker", "num_epochs", "keep_checkpoints"):
             positive(name, getattr(self, name))
         unit_interval("probability_floor", self.probability_floor)
+        heads = 0 if self.model.detection_head else self.num_head_epochs
+        require(heads == 0, "num_head_epochs", "0 without model.detection_head", self.num_head_epochs)
+        fewer = f"0 to {self.num_epochs - 1}, fewer than num_epochs"
+        require(0 <= self.num_head_epochs < self.num_epochs, "num_head_epochs", fewer, self.num_head_epochs)
         if self.held_out is not None:
             require(0 <= self.held_out < self.num_folds, "held_out", f"0 to {self.num_folds - 1}", self.held_out)
-        for name in ("learning_rate_crf", "learning_rate_compatibility", "learning_rate_network", "max_failures"):
+        for name in (
+            "learning_rate_crf",
+            "learning_rate_compatibility",
+            "learning_rate_network",
+            "learning_rate_head",
+            "max_failures",
+        ):
             non_negative(name, getattr(self, name))
 
 

@@ -25,7 +25,7 @@ LAYERS = {
     "crf": {"checks", "shapes", "config", "lattice"},
     "data": {"config", "structures"},
     "models": {"checks", "shapes", "config", "structures", "crf", "data"},
-    "training": {"checks", "config", "structures", "crf", "models"},
+    "training": {"checks", "shapes", "config", "structures", "crf", "models", "evaluation"},
     "evaluation": {"checks", "shapes", "config", "structures"},
     "report": {"config", "structures", "evaluation"},
     "jobs": {"config", "structures", "recipes", "crf", "data", "models", "training", "evaluation", "report"},

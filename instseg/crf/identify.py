@@ -16,20 +16,21 @@ def identify(
     q: Float[Tensor, "N L"],
     validity: Float[Tensor, " D"],
     labels: Int[Tensor, " D"],
-    boxes: Bool[Tensor, "D N"],
+    shapes: Float[Tensor, "D N"],
     background: Background = "rescored",
 ) -> Float[Tensor, "N D+1"]:
     """Log Pr(v_i = k) for the D detections and the background channel d0.
 
-    Pr(v_i = k) is proportional to Q_i(l_k) Pr(Y_k = 1) inside box k and 0 outside. Pixels outside all boxes are
-    background. Inside boxes `literal` gives d0 nothing, as Eq. 4 is written; `rescored` gives it
-    Q_i(0) max_k Pr(Y_k = 1) over the boxes k that cover i, so that background pixels inside a box can stay background.
+    Pr(v_i = k) is proportional to Q_i(l_k) Pr(Y_k = 1) B_k(i), where B_k is 1 inside box k and 0 outside; a learned
+    foreground in its place tells objects of one class apart, and may leave the box. Pixels where every shape is 0 are
+    background. Elsewhere `literal` gives d0 nothing, as Eq. 4 is written; `rescored` gives it Q_i(0) max_k Pr(Y_k = 1)
+    over the shapes k that are not 0 at i, so that background pixels inside a box can stay background.
 
     Args:
         q: (N, L) class marginals.
         validity: (D,) Pr(Y_k = 1).
         labels: (D,) int64 classes.
-        boxes: (D, N) bool, the pixels B_k of each box.
+        shapes: (D, N) in 0..1, how far each pixel belongs to each detection.
         background: Which form of d0.
 
     Returns:
@@ -39,9 +40,9 @@ def identify(
         ValueError: If there is no such form of d0.
     """
     choice("background", background, Background)
-    inside = boxes.T.to(q.dtype)
-    instances = q[:, labels] * validity * inside
-    outside = (~boxes.any(0)).to(q.dtype)
+    instances = q[:, labels] * validity * shapes.T
+    inside = (shapes.T > 0).to(q.dtype)
+    outside = 1.0 - inside.amax(1) if len(labels) else torch.ones_like(q[:, 0])
     if background == "rescored" and len(labels):
         covered = q[:, 0] * (inside * validity).amax(1)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -59,19 +59,21 @@ class EpochLog:
         self.epoch = epoch
         self.num_steps = num_steps
         self.num_workers = num_workers
-        self.sums = [0.0, 0.0]
+        self.sums: dict[str, float] = {}
         self.start = self.last = time.monotonic()
 
-    def add(self, index: int, losses: tuple[float, float]) -> None:
-        """Take in the semantic and instance loss of step `index`."""
-        self.sums = [total + loss for total, loss in zip(self.sums, losses, strict=True)]
+    def add(self, index: int, losses: Mapping[str, float]) -> None:
+        """Take in the losses of step `index`."""
+        self.sums = {name: self.sums.get(name, 0.0) + loss for name, loss in losses.items()}
         now = time.monotonic()
         if now - self.last > _LINE_EVERY_S:
             self.last = now
-            semantic, instance = (total / (index + 1) for total in self.sums)
+            means = {name: total / (index + 1) for name, total in self.sums.items()}
             rate = (index + 1) * self.num_workers / (now - self.start)
-            log_line(
-                self.run,
-                f"{self.epoch}, step {index + 1}/{self.num_steps}: "
-                f"semantic loss {semantic:.4f}, instance loss {instance:.4f}, {rate:.2f} images/s",
-            )
+            step = f"{self.epoch}, step {index + 1}/{self.num_steps}"
+            log_line(self.run, f"{step}: {in_words(means)}, {rate:.2f} images/s")
+
+
+def in_words(losses: Mapping[str, float]) -> str:
+    """Losses by name, as a line of the log has them."""
+    return ", ".join(f"{name.replace('_', ' ')} {loss:.4f}" for name, loss in losses.items())

@@ -16,7 +16,7 @@ from ray.train.torch import TorchTrainer
 
 from instseg.config import TrainConfig
 from instseg.jobs.cluster import JobError
-from instseg.jobs.run_log import log_line, shown
+from instseg.jobs.run_log import in_words, log_line, shown
 from instseg.jobs.tracking import Tracker
 from instseg.jobs.train_loop import train_loop
 
@@ -57,9 +57,9 @@ def fit(config: TrainConfig, tracker: Tracker, epoch: int) -> None:
 
 def log_epoch(tracker: Tracker, record: dict[str, Any]) -> None:
     """Log what `train_loop` recorded of an epoch. Once more changes nothing."""
-    for step, semantic, instance in record["points"]:
-        tracker.log_metrics({"semantic_loss": semantic, "instance_loss": instance}, step, record["time_ms"])
-    epoch = {f"epoch_{name}": record[name] for name in ("semantic_loss", "instance_loss")}
+    for step, losses in record["points"]:
+        tracker.log_metrics(losses, step, record["time_ms"])
+    epoch = {f"epoch_{name}": loss for name, loss in record["losses"].items()}
     epoch["images_per_second"] = record["images_per_second"]
     tracker.log_metrics(epoch, record["step"], record["time_ms"])
 
@@ -115,8 +115,7 @@ class _Report(ray.train.UserCallback):
         log_line(
             self.config.out,
             f"epoch {record['epoch']}/{self.config.num_epochs} done, step {record['step']}: "
-            f"semantic loss {record['semantic_loss']:.4f}, instance loss {record['instance_loss']:.4f}, "
-            f"{record['images_per_second']:.2f} images/s",
+            f"{in_words(record['losses'])}, {record['images_per_second']:.2f} images/s",
         )
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:

@@ -28,8 +28,10 @@ from instseg.models.checkpoint import (
     latest_checkpoint,
     save_checkpoint,
 )
+from instseg.models.detections import DetectionTensors
 from instseg.models.network import InstanceNetwork
 from instseg.structures import Sample
+from instseg.training.detections import detection_loss
 from instseg.training.losses import instance_loss, semantic_loss
 from instseg.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer, set_learning_rate
 
@@ -52,16 +54,37 @@ class Objective(nn.Module):
         self.network = network
         self.config = config
 
-    def forward(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
-        """Total, semantic and instance loss, scalars."""
-        output = self.network(sample, self.config.ablation)
-        semantic = semantic_loss(output.log_q, sample.semantic, self.config.probability_floor)
-        labels = sample.detections.labels
-        truth, config = (sample.known_instances, sample.instance_labels), self.config
-        instance = instance_loss(output.instance_log_q, labels, *truth, config.instance_loss, config.probability_floor)
-        total = self.config.semantic_loss_weight * semantic + self.config.instance_loss_weight * instance
-        # An ablation leaves CRF parameters out of the graph; DDP waits for the gradient of every one.
-        return total + 0 * sum(p.sum() for p in self.network.crf_parameters()), semantic, instance
+    def forward(self, sample: Sample, head_only: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total, and the losses that it is made of by name, scalars.
+
+        Args:
+            sample: With ground truth.
+            head_only: Leave the CRFs out: they take most of the time, and the detection head needs many epochs.
+        """
+        losses = self._head_loss(sample) if head_only else self._losses(sample)
+        weights = {"semantic_loss": self.config.semantic_loss_weight, "instance_loss": self.config.instance_loss_weight}
+        total = torch.stack([weights.get(name, 1.0) * loss for name, loss in losses.items()]).sum()
+        # What an ablation or the first epochs leave out is not in the graph; DDP waits for every parameter's gradient.
+        return total + 0 * torch.stack([p.sum() for p in self.network.parameters()]).sum(), losses
+
+    def _head_loss(self, sample: Sample) -> dict[str, Tensor]:
+        return self._detection_loss(sample, self.network.detections(sample, self.network.semantic_logits(sample)))
+
+    def _losses(self, sample: Sample) -> dict[str, Tensor]:
+        config, output = self.config, self.network(sample, self.config.ablation)
+        labels, truth = sample.detections.labels, (sample.known_instances, sample.instance_labels)
+        floor = config.probability_floor
+        return {
+            "semantic_loss": semantic_loss(output.log_q, sample.semantic, floor),
+            "instance_loss": instance_loss(output.instance_log_q, labels, *truth, config.instance_loss, floor),
+            **self._detection_loss(sample, output.detections),
+        }
+
+    def _detection_loss(self, sample: Sample, detections: DetectionTensors) -> dict[str, Tensor]:
+        if detections.seen is None:
+            return {}
+        truth = sample.known_instances, sample.instance_labels
+        return {"detection_loss": detection_loss(detections.seen, sample.detections, *truth)}
 
 
 @dataclass
@@ -135,53 +158,56 @@ def _build(config: TrainConfig, checkpoint: Checkpoint | None) -> _Worker:
     return _Worker(config, dataset, network, objective, optimizer, rank, num_workers, records)
 
 
-def _train_epoch(worker: _Worker, epoch: int) -> Iterator[tuple[float, float]]:
-    """Train on every image once; the semantic and instance loss of each step."""
+def _train_epoch(worker: _Worker, epoch: int) -> Iterator[dict[str, float]]:
+    """Train on every image once; the losses of each step by name."""
     config = worker.config
+    head_only = epoch < config.num_head_epochs
     log = EpochLog(config.out, f"epoch {epoch + 1}/{config.num_epochs}", worker.steps_per_epoch, worker.num_workers)
     for index, sample in enumerate(_samples(worker, epoch)):
         step = epoch * worker.steps_per_epoch + index
         # Dropout depends on the step alone, so that a resumed run repeats an uninterrupted one bit by bit.
         torch.manual_seed(hash((config.seed, step, worker.rank)) % 2**63)
-        set_learning_rate(worker.optimizer, config, step, config.num_epochs * worker.steps_per_epoch)
+        set_learning_rate(worker.optimizer, config, step, worker.steps_per_epoch)
         worker.optimizer.zero_grad(set_to_none=True)
-        total, semantic, instance = worker.objective(sample)
+        total, losses = worker.objective(sample, head_only)
         if not torch.isfinite(total):
             raise FloatingPointError(f"loss is {total.item()} at {sample.image_id}; lower the learning rates")
         total.backward()
         worker.optimizer.step()
-        losses = semantic.item(), instance.item()
+        values = {name: loss.item() for name, loss in losses.items()}
         if worker.rank == 0:
-            log.add(index, losses)
-        yield losses
+            log.add(index, values)
+        yield values
 
 
-def _mean_over_workers(losses: list[tuple[float, float]], worker: _Worker) -> list[list[float]]:
-    """The semantic and the instance loss of each step; all workers take equally many."""
-    sums = torch.tensor(losses, dtype=torch.float64)  # (steps, 2)
+def _mean_over_workers(losses: list[dict[str, float]], worker: _Worker) -> dict[str, list[float]]:
+    """Each loss of each step; all workers take equally many, and have the same losses."""
+    sums = torch.tensor([list(step.values()) for step in losses], dtype=torch.float64)  # (steps, losses)
     if worker.num_workers > 1:
         sums = sums.to(next(worker.network.parameters()).device)
         torch.distributed.all_reduce(sums)
-    return (sums / worker.num_workers).T.tolist()
+    return dict(zip(losses[0], (sums / worker.num_workers).T.tolist(), strict=True))
 
 
-def _record(worker: _Worker, epoch: int, losses: list[list[float]], seconds: float) -> dict[str, Any]:
+def _record(worker: _Worker, epoch: int, losses: dict[str, list[float]], seconds: float) -> dict[str, Any]:
     """What the driver logs of an epoch, as JSON values."""
     num_steps = worker.steps_per_epoch
     spans = [(begin, min(begin + _STEPS_PER_POINT, num_steps)) for begin in range(0, num_steps, _STEPS_PER_POINT)]
-    semantic, instance = losses
     return {
         "epoch": epoch + 1,
         "step": (epoch + 1) * num_steps,
         "time_ms": int(time.time() * 1000),
         "points": [
-            [epoch * num_steps + end, *(sum(curve[begin:end]) / (end - begin) for curve in losses)]
+            [epoch * num_steps + end, {name: _mean(curve[begin:end]) for name, curve in losses.items()}]
             for begin, end in spans
         ],
-        "semantic_loss": sum(semantic) / num_steps,
-        "instance_loss": sum(instance) / num_steps,
+        "losses": {name: _mean(curve) for name, curve in losses.items()},
         "images_per_second": num_steps * worker.num_workers / seconds,
     }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _samples(worker: _Worker, epoch: int) -> DataLoader[Sample]:

@@ -18,25 +18,10 @@ from instseg.crf.identify import assign_naively, identify
 from instseg.crf.instance import InstanceCRF
 from instseg.crf.pairwise import Kernels, build_kernels
 from instseg.models.checkpoint import Checkpoint, find_checkpoint, from_json
+from instseg.models.detections import DetectionHead, DetectionTensors
 from instseg.models.semantic import build_semantic
-from instseg.shapes import Bool, Float, Int
-from instseg.structures import Detections, InstanceMap, Sample
-
-
-class DetectionTensors(NamedTuple):
-    """The detections of one image on the network's device.
-
-    Attributes:
-        labels: (D,) int64, class l_d.
-        scores: (D,) detector's scores s_d.
-        boxes: (D, N) bool, the pixels B_d.
-        foregrounds: (D, N) 0 or 1, the pixels F_d; None until they are computed.
-    """
-
-    labels: Int[Tensor, " D"]
-    scores: Float[Tensor, " D"]
-    boxes: Bool[Tensor, "D N"]
-    foregrounds: Float[Tensor, "D N"] | None
+from instseg.shapes import Float
+from instseg.structures import InstanceMap, Sample
 
 
 class NetworkOutput(NamedTuple):
@@ -71,6 +56,7 @@ class InstanceNetwork(nn.Module):
         self.config = config
         self.num_labels = num_labels
         self.semantic = build_semantic(config.semantic, num_labels, config.semantic_weights)
+        self.detection_head = DetectionHead(num_labels) if config.detection_head else None
         self.semantic_crf = HigherOrderCRF(num_labels, config.semantic_crf)
         self.instance_crf = InstanceCRF(config.instance_crf)
 
@@ -124,6 +110,11 @@ class InstanceNetwork(nn.Module):
         yield from self.semantic_crf.parameters()
         yield from self.instance_crf.parameters()
 
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the detection head; none without one."""
+        if self.detection_head is not None:
+            yield from self.detection_head.parameters()
+
     def semantic_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the semantic network; none with precomputed logits."""
         if self.semantic is not None:
@@ -143,10 +134,9 @@ class InstanceNetwork(nn.Module):
             ValueError: If the sample lacks what the configuration needs, or does not fit the label set.
         """
         height, width = sample.image.shape[:2]
-        sample.detections.check_image(height, width, self.num_labels)
-        image = self._tensor(sample.image)
-        detections = self._detections(sample.detections, height, width)
         logits = self.semantic_logits(sample) if logits is None else logits
+        detections = self.detections(sample, logits, ablation)
+        image = self._tensor(sample.image)
         kernels = build_kernels(image, self.config.semantic_crf.kernels)
         log_q, validity = self._semantic_crf(logits, kernels, detections, ablation)
         instance_log_q = self._instance_crf(log_q, validity, detections, ablation, image, kernels)
@@ -158,13 +148,27 @@ class InstanceNetwork(nn.Module):
             instance_log_q.T.unflatten(1, (height, width)),
         )
 
-    def _detections(self, detections: Detections, height: int, width: int) -> DetectionTensors:
-        foregrounds = detections.foregrounds
+    def detections(self, sample: Sample, logits: Float[Tensor, "L H W"], ablation: Ablation = FULL) -> DetectionTensors:
+        """The sample's detections with what takes part of them: of the detection head, else of the sample.
+
+        Raises:
+            ValueError: If they do not fit the image or the label set.
+        """
+        height, width = sample.image.shape[:2]
+        given = sample.detections
+        given.check_image(height, width, self.num_labels)
+        seen = foregrounds = None
+        if ablation.detection_potentials and ablation.detection_head and self.detection_head is not None:
+            seen = self.detection_head(self._tensor(sample.image), logits, given)
+            foregrounds = seen.foregrounds(given, height, width)
+        elif given.foregrounds is not None:
+            foregrounds = self._tensor(given.foregrounds).flatten(1)
         return DetectionTensors(
-            labels=self._tensor(detections.labels, torch.int64),
-            scores=self._tensor(detections.scores),
-            boxes=self._tensor(detections.box_masks(height, width), torch.bool).flatten(1),
-            foregrounds=None if foregrounds is None else self._tensor(foregrounds).flatten(1),
+            labels=self._tensor(given.labels, torch.int64),
+            scores=self._tensor(given.scores),
+            boxes=self._tensor(given.box_masks(height, width), torch.bool).flatten(1),
+            foregrounds=foregrounds,
+            seen=seen,
         )
 
     def semantic_logits(self, sample: Sample) -> Float[Tensor, "L H W"]:
@@ -194,7 +198,7 @@ class InstanceNetwork(nn.Module):
             return self.semantic_crf(unary, kernels, None).log_q, detections.scores
         if detections.foregrounds is None:
             raise ValueError("detections: expected foregrounds, got None; compute them with compute_foregrounds")
-        potential = self.semantic_crf.potential(detections.labels, detections.scores, detections.foregrounds)
+        potential = self.semantic_crf.potential(detections.labels, detections.prior, detections.foregrounds)
         state = self.semantic_crf(unary, kernels, potential)
         assert state.validity is not None  # for type checkers: there are detection potentials
         return state.log_q, state.validity if ablation.validity else detections.scores
@@ -209,11 +213,14 @@ class InstanceNetwork(nn.Module):
         kernels: Kernels,
     ) -> Float[Tensor, "N D+1"]:
         """Log Q(v) (N, D+1), from identification or the naive assignment on."""
-        labels, boxes = detections.labels, detections.boxes
+        labels = detections.labels
         if not ablation.identification:
-            winners = assign_naively(log_q.argmax(1), validity, labels, boxes)
+            winners = assign_naively(log_q.argmax(1), validity, labels, detections.boxes)
             return one_hot(winners, len(labels) + 1).to(log_q).log()
-        log_pr = identify(log_q.exp(), validity, labels, boxes, self.config.background)
+        shapes = detections.boxes.to(log_q.dtype)
+        if ablation.shape and detections.seen is not None and detections.foregrounds is not None:
+            shapes = detections.foregrounds
+        log_pr = identify(log_q.exp(), validity, labels, shapes, self.config.background)
         if not ablation.instance_crf:
             return log_pr
         if self.config.instance_crf.kernels != self.config.semantic_crf.kernels:

@@ -11,15 +11,18 @@ from instseg.config import TrainConfig
 from instseg.models.checkpoint import Checkpoint
 from instseg.models.network import InstanceNetwork
 
+_WARM_UP = 50  # steps in which the detection head's rate rises
+
 
 def build_optimizer(network: InstanceNetwork, config: TrainConfig) -> torch.optim.Adam:
-    """Adam over the CRFs' weights, the label compatibility and the semantic network, at their initial rates."""
+    """Adam over the CRFs' weights, the compatibility, the semantic network and the detection head, at their rates."""
     compatibility = network.semantic_crf.dense.compatibility
     weights = [parameter for parameter in network.crf_parameters() if parameter is not compatibility]
     groups = [
         {"params": weights, "lr": config.learning_rate_crf},
         {"params": [compatibility], "lr": config.learning_rate_compatibility},
         {"params": list(network.semantic_parameters()), "lr": config.learning_rate_network},
+        {"params": list(network.head_parameters()), "lr": config.learning_rate_head, "head": True},
     ]
     optimizer = torch.optim.Adam([group for group in groups if group["params"]])
     for group in optimizer.param_groups:
@@ -27,12 +30,22 @@ def build_optimizer(network: InstanceNetwork, config: TrainConfig) -> torch.opti
     return optimizer
 
 
-def set_learning_rate(optimizer: torch.optim.Adam, config: TrainConfig, step: int, num_steps: int) -> None:
-    """Follow the schedule at `step` of `num_steps`, counted over all epochs."""
-    cosine = config.learning_rate_schedule == "cosine"
-    factor = 0.5 * (1 + math.cos(math.pi * step / num_steps)) if cosine else 1.0
+def set_learning_rate(optimizer: torch.optim.Adam, config: TrainConfig, step: int, steps_per_epoch: int) -> None:
+    """Follow the schedule at `step`, counted over all epochs.
+
+    The detection head's begins at the first step, with a warm-up; all others' after its epochs, and is 0 before.
+    """
+    num_steps, first = config.num_epochs * steps_per_epoch, config.num_head_epochs * steps_per_epoch
     for group in optimizer.param_groups:
+        if group.get("head"):
+            factor = _schedule(config, step / num_steps) * min(1.0, (step + 1) / _WARM_UP)
+        else:
+            factor = _schedule(config, (step - first) / (num_steps - first)) if step >= first else 0.0
         group["lr"] = factor * group["initial_lr"]
+
+
+def _schedule(config: TrainConfig, progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress)) if config.learning_rate_schedule == "cosine" else 1.0
 
 
 def optimizer_tensors(optimizer: torch.optim.Adam, network: nn.Module) -> dict[str, Tensor]:

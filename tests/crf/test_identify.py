@@ -16,18 +16,18 @@ def inputs():
     boxes = torch.rand(3, 12, generator=generator) < 0.5
     boxes[:, 0] = False
     boxes[:, 1] = True
-    return q, validity, torch.tensor([1, 1, 3]), boxes
+    return q, validity, torch.tensor([1, 1, 3]), boxes.double()
 
 
-def transcription(q, validity, labels, boxes, background):
+def transcription(q, validity, labels, shapes, background):
     expected = torch.zeros(len(q), len(labels) + 1, dtype=torch.float64)
     for i in range(len(q)):
-        covering = [k for k in range(len(labels)) if boxes[k, i]]
+        covering = [k for k in range(len(labels)) if shapes[k, i] > 0]
         if not covering:
             expected[i, 0] = 1.0
             continue
         for k in covering:
-            expected[i, k + 1] = q[i, labels[k]] * validity[k]
+            expected[i, k + 1] = q[i, labels[k]] * validity[k] * shapes[k, i]
         if background == "rescored":
             expected[i, 0] = q[i, 0] * max(validity[k] for k in covering)
         expected[i] /= expected[i].sum()
@@ -37,8 +37,9 @@ def transcription(q, validity, labels, boxes, background):
 @pytest.mark.parametrize("background", ["rescored", "literal"])
 def test_equals_the_equation(inputs, background):
     q, validity, labels, boxes = inputs
-    expected = transcription(q, validity, labels, boxes, background)
-    torch.testing.assert_close(identify(q, validity, labels, boxes, background), expected, rtol=0, atol=1e-12)
+    for shapes in (boxes, boxes * torch.rand(boxes.shape, dtype=torch.float64)):
+        expected = transcription(q, validity, labels, shapes, background)
+        torch.testing.assert_close(identify(q, validity, labels, shapes, background), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.usefixtures("without_shape_checks")
@@ -55,16 +56,16 @@ def test_detection_order_permutes_the_channels(inputs):
     torch.testing.assert_close(permuted[:, 0], identify(*inputs)[:, 0])
 
 
-def test_gradcheck_into_q_and_validity(inputs):
+def test_gradcheck_into_q_validity_and_shapes(inputs):
     q, validity, labels, boxes = inputs
-    assert torch.autograd.gradcheck(
-        lambda q, v: identify(q, v, labels, boxes), (q.clone().requires_grad_(), validity.clone().requires_grad_())
-    )
+    shapes = boxes[:, 1:] * 0.5 + 0.1  # 0 is where the pixel leaves the shape: no derivative there
+    variables = [tensor.clone().requires_grad_() for tensor in (q[1:], validity, shapes)]
+    assert torch.autograd.gradcheck(lambda q, v, s: identify(q, v, labels, s), variables)
 
 
 def test_no_detections_is_all_background():
     q = torch.rand(5, 3).softmax(1).requires_grad_()
-    result = identify(q, torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 5, dtype=torch.bool))
+    result = identify(q, torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 5))
     assert result.shape == (5, 1)
     torch.testing.assert_close(result, torch.zeros(5, 1))
 

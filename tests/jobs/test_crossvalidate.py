@@ -17,7 +17,8 @@ from instseg.jobs.crossvalidate import crossvalidate
 from instseg.jobs.train import train
 from instseg.models.checkpoint import find_checkpoint
 from instseg.models.network import InstanceNetwork
-from instseg.report.tables import ROWS, Evaluation
+from instseg.report.ablation import ROWS
+from instseg.report.tables import Evaluation
 
 pytestmark = [
     pytest.mark.ray,

@@ -1,0 +1,74 @@
+"""The loss of the detection head: foregrounds against true masks, priors of Y_d against which detections are right."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from instseg.evaluation.matching import match_boxes
+from instseg.models.crops import to_grid, windows
+from instseg.models.detections import SeenDetections
+from instseg.shapes import Bool, Float
+from instseg.structures import Detections
+
+_PRIOR_WEIGHT = 0.3  # of the priors' nats beside those of the foregrounds
+
+
+def detection_loss(
+    seen: SeenDetections, detections: Detections, instances: np.ndarray | None, instance_labels: np.ndarray
+) -> Tensor:
+    """Cross-entropy and soft Dice of the foregrounds of right detections, plus the cross-entropy of all priors.
+
+    Which detections are right is decided by their boxes, see `match_boxes`; the others have no foreground to learn.
+
+    Args:
+        seen: Of the detection head.
+        detections: The D detections.
+        instances: (H, W) ground truth, `Sample.known_instances`; None gives 0.
+        instance_labels: (G,) class of each ground-truth instance.
+
+    Returns:
+        Scalar, in nats but for the Dice loss. Its graph reaches what was seen in every case.
+    """
+    loss = 0 * (seen.mask_logits.sum() + seen.prior.sum())
+    if instances is None or len(detections) == 0:
+        return loss
+    matches = match_boxes(detections, instances, instance_labels)
+    right = torch.from_numpy(matches >= 0).to(seen.prior)
+    loss = loss + _PRIOR_WEIGHT * binary_cross_entropy_with_logits(seen.prior, right)
+    matched = np.flatnonzero(matches >= 0)
+    if len(matched) == 0:
+        return loss
+    pairs = [
+        _truth_on_grid(instances, matches[d] + 1, window) for d, window in _windows_of(matched, detections, instances)
+    ]
+    truth, known = (torch.stack(planes).to(seen.prior) for planes in zip(*pairs, strict=True))
+    return loss + _foreground_loss(seen.mask_logits[torch.from_numpy(matched)], truth, known)
+
+
+def _windows_of(
+    matched: np.ndarray, detections: Detections, instances: np.ndarray
+) -> list[tuple[int, tuple[slice, slice]]]:
+    every = windows(detections, *instances.shape)
+    return [(d, every[d]) for d in matched.tolist()]
+
+
+def _truth_on_grid(
+    instances: np.ndarray, instance: int, window: tuple[slice, slice]
+) -> tuple[Bool[Tensor, "size size"], Bool[Tensor, "size size"]]:
+    """Which pixels of the grid are mostly the instance's, and which are mostly known."""
+    cut = torch.from_numpy(instances[window])
+    truth, known = to_grid(torch.stack([cut == instance, cut >= 0]).float()) > 0.5
+    return truth, known
+
+
+def _foreground_loss(
+    logits: Float[Tensor, "M size size"], truth: Float[Tensor, "M size size"], known: Float[Tensor, "M size size"]
+) -> Float[Tensor, ""]:
+    """Mean over pixels of the cross-entropy, and over detections of the Dice loss, of what is known."""
+    entropy = (binary_cross_entropy_with_logits(logits, truth, reduction="none") * known).mean()
+    q, truth = logits.sigmoid() * known, truth * known
+    dice = (2 * (q * truth).sum((1, 2)) + 1) / (q.sum((1, 2)) + truth.sum((1, 2)) + 1)
+    return entropy + (1 - dice).mean()
