@@ -69,9 +69,10 @@ def true_detections(sample: Sample) -> Sample:
 
     Their foregrounds are their boxes, as where GrabCut learns nothing: what a perfect detector leaves to be found.
     """
-    present = np.flatnonzero(sample.instance_labels > 0)
+    boxes = _tight_boxes(sample)
+    present = np.flatnonzero((sample.instance_labels > 0) & boxes.any(1))
     height, width = sample.image.shape[:2]
-    found = Detections(sample.instance_labels[present], np.full(len(present), CERTAIN), _tight_boxes(sample)[present])
+    found = Detections(sample.instance_labels[present], np.full(len(present), CERTAIN), boxes[present])
     return replace(sample, detections=replace(found, foregrounds=found.box_masks(height, width)))
 
 

@@ -108,6 +108,11 @@ def test_without_detections_there_is_nothing_to_replace(oracle: oracles.Oracle) 
     assert not changed(sample, oracle(sample))
 
 
+def test_an_instance_without_pixels_is_no_true_detection() -> None:
+    hidden = replace(truth(), instance_labels=np.array([1, 2, 2]))
+    assert oracles.true_detections(hidden).detections.labels.tolist() == [1, 2]
+
+
 def test_without_instances_there_are_no_true_detections() -> None:
     nothing = replace(truth(), instances=np.zeros((HEIGHT, WIDTH), np.int32), instance_labels=np.zeros(0, np.int64))
     assert len(oracles.true_detections(nothing).detections) == 0
