@@ -166,7 +166,7 @@ class TrainConfig(_Checked):
     keep_checkpoints: int = 3  # the latest ones; with FCN-8s each takes 1.6 GB
     held_out: int | None = None  # the fold, from 0, that is not trained on; default: all images are trained on
     num_folds: int = 5  # into which the images are split where one is held out
-    fold_seed: int = 0  # of that split, which nothing else depends on but the images' ids
+    fold_seed: int = 0  # of that split, which depends on nothing else but the ids of the images
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -34,7 +34,7 @@ def crossvalidate(config: TrainConfig) -> dict[str, Evaluation]:
     """Train without each fold in turn, evaluate `ROWS` on it, and score the records of all folds together.
 
     Writes for fold k its run directory `fold_<k>/run` and the records `fold_<k>/<row>/records.arrow`, then a report of
-    all images for each row, and the rows side by side. What is there already is not done again.
+    all images for each row, and the rows side by side. What is there and intact is not done again.
 
     Args:
         config: The training of each fold; `out` holds all of it, and `held_out` is None.
@@ -80,7 +80,7 @@ def _run_folds(
     config: TrainConfig, dataset: PreparedDataset, folds: Sequence[tuple[int, ...]], parent: Tracker
 ) -> None:
     """Run the folds that lack records; say before each what it is and how long the rest may take."""
-    lacking = [k for k in range(len(folds)) if not all(_records_path(config, k, row).exists() for row in ROWS)]
+    lacking = [k for k in range(len(folds)) if not all(_has_records(_records_path(config, k, row)) for row in ROWS)]
     estimate = ""
     for num_done, fold in enumerate(lacking):
         began, held_out = time.monotonic(), dataset.subset(folds[fold])
@@ -100,7 +100,7 @@ def _run_fold(config: TrainConfig, fold: int, held_out: PreparedDataset, parent:
     with running_evaluators(evaluation, held_out) as (_, evaluators):
         for row in ROWS:
             path = _records_path(config, fold, row)
-            if not path.exists():
+            if not _has_records(path):
                 path.parent.mkdir(exist_ok=True)
                 with published(path) as temporary:
                     write_records(temporary, evaluators.records(row.ablation))
@@ -118,6 +118,15 @@ def _pool(config: TrainConfig, row: AblationRow, dataset: PreparedDataset, paren
         for path in paths:
             tracker.log_artifact(path)
     return evaluation
+
+
+def _has_records(path: Path) -> bool:
+    """Whether there is a file of records that can be read; a damaged one is as good as none."""
+    try:
+        read_records(path)
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def _records_path(config: TrainConfig, fold: int, row: AblationRow) -> Path:
