@@ -9,8 +9,8 @@ from instseg.config import ModelConfig, TrainConfig
 
 
 def voc_logits(data: str, out: str) -> TrainConfig:
-    """Both CRFs on the frozen logits of an external network, such as the reconstructed VOC 2012 set."""
-    return TrainConfig(data=data, out=out)
+    """Detection head and both CRFs on the frozen logits of another network, as of the reconstructed VOC 2012 set."""
+    return TrainConfig(data=data, out=out, model=ModelConfig(detection_head=True), num_epochs=13, num_head_epochs=12)
 
 
 def voc_fcn8s(data: str, out: str) -> TrainConfig:

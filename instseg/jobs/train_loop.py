@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray.train
 import ray.train.torch
 import torch
@@ -20,6 +21,7 @@ from torch.utils.data.distributed import DistributedSampler
 from instseg.config import TrainConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.data.folds import training_images
+from instseg.evaluation.matching import match_boxes
 from instseg.jobs.run_log import EpochLog
 from instseg.models.checkpoint import (
     FOLDER,
@@ -30,8 +32,8 @@ from instseg.models.checkpoint import (
 )
 from instseg.models.detections import DetectionTensors
 from instseg.models.network import InstanceNetwork
-from instseg.structures import Sample
-from instseg.training.detections import detection_loss
+from instseg.structures import Detections, Sample
+from instseg.training.detections import detection_loss, jitter_boxes
 from instseg.training.losses import instance_loss, semantic_loss
 from instseg.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer, set_learning_rate
 
@@ -68,7 +70,9 @@ class Objective(nn.Module):
         return total + 0 * torch.stack([p.sum() for p in self.network.parameters()]).sum(), losses
 
     def _head_loss(self, sample: Sample) -> dict[str, Tensor]:
-        return self._detection_loss(sample, self.network.detections(sample, self.network.semantic_logits(sample)))
+        logits = self.network.semantic_logits(sample)
+        jittered = replace(sample, detections=jitter_boxes(sample.detections, *sample.image.shape[:2]))
+        return self._detection_loss(sample, jittered.detections, self.network.detections(jittered, logits))
 
     def _losses(self, sample: Sample) -> dict[str, Tensor]:
         config, output = self.config, self.network(sample, self.config.ablation)
@@ -77,14 +81,18 @@ class Objective(nn.Module):
         return {
             "semantic_loss": semantic_loss(output.log_q, sample.semantic, floor),
             "instance_loss": instance_loss(output.instance_log_q, labels, *truth, config.instance_loss, floor),
-            **self._detection_loss(sample, output.detections),
+            **self._detection_loss(sample, sample.detections, output.detections),
         }
 
-    def _detection_loss(self, sample: Sample, detections: DetectionTensors) -> dict[str, Tensor]:
+    def _detection_loss(self, sample: Sample, given: Detections, detections: DetectionTensors) -> dict[str, Tensor]:
+        """Of what the head saw of the sample's detections, whose boxes may be jittered in `given`."""
         if detections.seen is None:
             return {}
-        truth = sample.known_instances, sample.instance_labels
-        return {"detection_loss": detection_loss(detections.seen, sample.detections, *truth)}
+        truth = sample.known_instances
+        matches = (
+            np.full(len(given), -1) if truth is None else match_boxes(sample.detections, truth, sample.instance_labels)
+        )
+        return {"detection_loss": detection_loss(detections.seen, given, matches, truth)}
 
 
 @dataclass

@@ -7,27 +7,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from instseg.evaluation.matching import match_boxes
 from instseg.models.crops import to_grid, windows
 from instseg.models.detections import SeenDetections
-from instseg.shapes import Bool, Float
+from instseg.shapes import Bool, Float, Int
 from instseg.structures import Detections
 
+_JITTER = 0.1  # of a box's sides, by which each of its edges moves
 _PRIOR_WEIGHT = 0.3  # of the priors' nats beside those of the foregrounds
 
 
 def detection_loss(
-    seen: SeenDetections, detections: Detections, instances: np.ndarray | None, instance_labels: np.ndarray
+    seen: SeenDetections, detections: Detections, matches: Int[np.ndarray, " D"], instances: np.ndarray | None
 ) -> Tensor:
     """Cross-entropy and soft Dice of the foregrounds of right detections, plus the cross-entropy of all priors.
 
-    Which detections are right is decided by their boxes, see `match_boxes`; the others have no foreground to learn.
-
     Args:
         seen: Of the detection head.
-        detections: The D detections.
+        detections: The D detections that it saw.
+        matches: (D,) index of the instance that each has found, or -1, which leaves it no foreground to learn; see
+            `match_boxes`.
         instances: (H, W) ground truth, `Sample.known_instances`; None gives 0.
-        instance_labels: (G,) class of each ground-truth instance.
 
     Returns:
         Scalar, in nats but for the Dice loss. Its graph reaches what was seen in every case.
@@ -35,24 +34,29 @@ def detection_loss(
     loss = 0 * (seen.mask_logits.sum() + seen.prior.sum())
     if instances is None or len(detections) == 0:
         return loss
-    matches = match_boxes(detections, instances, instance_labels)
     right = torch.from_numpy(matches >= 0).to(seen.prior)
     loss = loss + _PRIOR_WEIGHT * binary_cross_entropy_with_logits(seen.prior, right)
     matched = np.flatnonzero(matches >= 0)
     if len(matched) == 0:
         return loss
-    pairs = [
-        _truth_on_grid(instances, matches[d] + 1, window) for d, window in _windows_of(matched, detections, instances)
-    ]
+    every = windows(detections, *instances.shape)
+    pairs = [_truth_on_grid(instances, int(matches[d]) + 1, every[d]) for d in matched]
     truth, known = (torch.stack(planes).to(seen.prior) for planes in zip(*pairs, strict=True))
     return loss + _foreground_loss(seen.mask_logits[torch.from_numpy(matched)], truth, known)
 
 
-def _windows_of(
-    matched: np.ndarray, detections: Detections, instances: np.ndarray
-) -> list[tuple[int, tuple[slice, slice]]]:
-    every = windows(detections, *instances.shape)
-    return [(d, every[d]) for d in matched.tolist()]
+def jitter_boxes(detections: Detections, height: int, width: int) -> Detections:
+    """The detections with each edge of their boxes moved at random, as by another detector; inside the image.
+
+    Draws from torch's generator.
+    """
+    sides = detections.boxes[:, 2:] - detections.boxes[:, :2]
+    moved = detections.boxes + _JITTER * np.tile(sides, 2) * (2 * torch.rand(len(detections), 4).numpy() - 1)
+    # An edge moves by less than half a side, so boxes keep an area; the image's border may take it.
+    boxes = np.clip(moved, 0, np.array([width, height, width, height], np.float32))
+    lost = (boxes[:, 0] >= boxes[:, 2]) | (boxes[:, 1] >= boxes[:, 3])
+    boxes[lost] = detections.boxes[lost]
+    return Detections(detections.labels, detections.scores, boxes)
 
 
 def _truth_on_grid(
