@@ -42,7 +42,7 @@ def true_boxes(sample: Sample) -> Sample:
     """The instance's tight box for each detection that found one: a perfect regression of boxes.
 
     Which instance a detection is of stays decided by its own box, so one with too bad a box keeps it, and no
-    detection is added or dropped. Foregrounds stay as they are.
+    detection is added or dropped. Foregrounds stay as they are; a detection head sees the new boxes.
     """
     matches, boxes = _matches(sample), sample.detections.boxes.copy()
     boxes[matches >= 0] = _tight_boxes(sample)[matches[matches >= 0]]
@@ -79,6 +79,10 @@ def true_detections(sample: Sample) -> Sample:
 def true_map_and_detections(sample: Sample) -> Sample:
     """Both: what identification and the instance CRF lose by themselves. Raises as `true_map`."""
     return true_map(true_detections(sample))
+
+
+# These replace what a detection head makes of the detections, the others what it sees.
+AFTER_THE_HEAD = (true_foregrounds, true_scores)
 
 
 def _matches(sample: Sample) -> np.ndarray:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from instseg.config import AblateConfig, EvaluateConfig
+from instseg.config import AblateConfig, EvaluateConfig, ModelConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.jobs.evaluate import evaluate_ablation, running_evaluators, start_tracker
 from instseg.jobs.tracking import Tracker, how_to_open
-from instseg.report.ablation import ROWS, ablation_tables, compare_rows, difference_record, difference_tables
+from instseg.report.ablation import ablation_tables, compare_rows, difference_record, difference_tables, rows_of
 from instseg.report.tables import Evaluation, write_json
 
 
 def ablate(config: AblateConfig) -> dict[str, Evaluation]:
-    """Evaluate all `ROWS`, each in a nested MLflow run, and write them side by side; the evaluations by row.
+    """Evaluate all rows, each in a nested MLflow run, and write them side by side; the evaluations by row.
 
     Raises as `evaluate`.
     """
     dataset, out = PreparedDataset(config.data), Path(config.out)
     evaluations: dict[str, Evaluation] = {}
     with running_evaluators(config, dataset) as (config, evaluators), start_tracker(config, "ablate", out) as parent:
-        for row in ROWS:
+        for row in rows_of(config.model or ModelConfig()):
             print(row.name, flush=True)
             of_row = EvaluateConfig(**vars(config), ablation=row.ablation)
             with start_tracker(of_row, "ablate", out / row.name, parent) as tracker:

@@ -21,7 +21,7 @@ from instseg.jobs.tracking import Tracker, how_to_open
 from instseg.jobs.train import train
 from instseg.jobs.train_checks import check_data, check_model, check_same_settings
 from instseg.jobs.train_loop import training_settings
-from instseg.report.ablation import ROWS, AblationRow
+from instseg.report.ablation import AblationRow, rows_of
 from instseg.report.provenance import provenance
 from instseg.report.tables import Evaluation, write_report
 
@@ -31,7 +31,7 @@ _TAGS = {"workflow": "crossvalidate"}
 
 
 def crossvalidate(config: TrainConfig) -> dict[str, Evaluation]:
-    """Train without each fold in turn, evaluate `ROWS` on it, and score the records of all folds together.
+    """Train without each fold in turn, evaluate all rows on it, and score the records of all folds together.
 
     Writes for fold k its run directory `fold_<k>/run` and the records `fold_<k>/<row>/records.arrow`, then a report of
     all images for each row, and the rows side by side. What is there and intact is not done again.
@@ -60,7 +60,7 @@ def crossvalidate(config: TrainConfig) -> dict[str, Evaluation]:
     _claim(out, settings | {"folds": {dataset.image_ids[i]: k for k, fold in enumerate(folds) for i in fold}})
     with cluster(), Tracker.start(config.tracking, out.name, settings, _TAGS, out / _SPOOL) as parent:
         _run_folds(config, dataset, folds, parent)
-        evaluations = {row.name: _pool(config, row, dataset, parent) for row in ROWS}
+        evaluations = {row.name: _pool(config, row, dataset, parent) for row in rows_of(config.model)}
         write_ablation(evaluations, out, parent)
     print(f"\nreport: {config.out}\nMLflow: {how_to_open(config.tracking)}")
     return evaluations
@@ -80,7 +80,11 @@ def _run_folds(
     config: TrainConfig, dataset: PreparedDataset, folds: Sequence[tuple[int, ...]], parent: Tracker
 ) -> None:
     """Run the folds that lack records; say before each what it is and how long the rest may take."""
-    lacking = [k for k in range(len(folds)) if not all(_has_records(_records_path(config, k, row)) for row in ROWS)]
+    lacking = [
+        k
+        for k in range(len(folds))
+        if not all(_has_records(_records_path(config, k, row)) for row in rows_of(config.model))
+    ]
     estimate = ""
     for num_done, fold in enumerate(lacking):
         began, held_out = time.monotonic(), dataset.subset(folds[fold])
@@ -98,7 +102,7 @@ def _run_fold(config: TrainConfig, fold: int, held_out: PreparedDataset, parent:
     checkpoint = train(replace(config, held_out=fold, out=str(folder / "run")), parent)
     evaluation = AblateConfig(config.data, str(folder), str(checkpoint), device=config.device)
     with running_evaluators(evaluation, held_out) as (_, evaluators):
-        for row in ROWS:
+        for row in rows_of(config.model):
             path = _records_path(config, fold, row)
             if not _has_records(path):
                 path.parent.mkdir(exist_ok=True)

@@ -20,7 +20,7 @@ from ray.util import ActorPool
 from instseg.config import Ablation, ModelConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.evaluation.ap_r import ImageRecord, image_record
-from instseg.evaluation.oracles import Oracle
+from instseg.evaluation.oracles import AFTER_THE_HEAD, Oracle
 from instseg.jobs.cluster import JobError
 from instseg.jobs.devices import EvaluatorPlan, Processor
 from instseg.jobs.progress import progress
@@ -114,7 +114,10 @@ class _Evaluator:
         sample, network = self._dataset[index], self._network
         logits = network.semantic_logits(sample)
         if oracle is not None:
-            sample = oracle(replace(sample, logits=logits.cpu().numpy()))
+            sample = replace(sample, logits=logits.cpu().numpy())
+            if oracle in AFTER_THE_HEAD:
+                sample, ablation = network.as_given(sample, logits), replace(ablation, detection_head=False)
+            sample = oracle(sample)
             logits = torch.from_numpy(sample.logits).to(logits)
         output = network(sample, ablation, logits)
         predicted, semantic_before = network.instance_map(output, ablation), output.semantic_logits.argmax(0)

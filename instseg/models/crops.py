@@ -19,7 +19,8 @@ OF_BACKGROUND = 4
 OF_OTHERS = 5  # the greatest of the other classes' probabilities
 BOX = 6  # 1 inside
 RIVALS = 7  # 1 inside a box of the same class with a higher score
-NUM_PLANES = 10  # the last two: |x| and y, where the box has -1..1; a mirrored crop has the same
+GIVEN = 8  # the foreground that came with the detection, such as GrabCut's; the box where none did
+NUM_PLANES = 11  # the last two: |x| and y, where the box has -1..1; a mirrored crop has the same
 
 
 def crop_planes(
@@ -30,16 +31,21 @@ def crop_planes(
     Args:
         image: RGB 0..255.
         probabilities: Of the classes, before the CRF.
-        detections: D detections inside the image; their foregrounds are not looked at.
+        detections: D detections inside the image.
     """
     if len(detections) == 0:
         return image.new_zeros(0, NUM_PLANES, SIZE, SIZE)
     labels = torch.from_numpy(detections.labels).to(image.device)[:, None, None, None].expand(-1, 1, SIZE, SIZE)
     everything = torch.cat([(image.permute(2, 0, 1) / 255 - 0.45) / 0.25, probabilities])
-    crops = torch.stack([to_grid(everything[:, y, x]) for y, x in windows(detections, *image.shape[:2])])
+    cuts = windows(detections, *image.shape[:2])
+    crops = torch.stack([to_grid(everything[:, y, x]) for y, x in cuts])
     classes = crops[:, 3:]
     others = classes[:, 1:].scatter(1, labels - 1, 0.0).amax(1, keepdim=True)
     geometry = torch.from_numpy(_geometry(detections, *image.shape[:2])).to(crops)
+    if detections.foregrounds is not None:
+        for index, (y, x) in enumerate(cuts):
+            given = torch.from_numpy(detections.foregrounds[index : index + 1, y, x])
+            geometry[index, GIVEN - BOX] = to_grid(given.to(crops))[0]
     return torch.cat([crops[:, COLOURS], classes.gather(1, labels), classes[:, :1], others, geometry], 1)
 
 
@@ -68,7 +74,7 @@ def to_grid(planes: Float[Tensor, "C h w"]) -> Float[Tensor, "C size size"]:
 
 
 def _geometry(detections: Detections, height: int, width: int) -> np.ndarray:
-    """(D, 4, SIZE, SIZE) float32, the planes from BOX on."""
+    """(D, 5, SIZE, SIZE) float32, the planes from BOX on, with the box for what was given."""
     planes = np.zeros((len(detections), NUM_PLANES - BOX, SIZE, SIZE), np.float32)
     centres = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE
     for index, (y, x) in enumerate(windows(detections, height, width)):
@@ -78,8 +84,9 @@ def _geometry(detections: Detections, height: int, width: int) -> np.ndarray:
         better = same_class & (detections.scores > detections.scores[index])
         planes[index, 0] = _inside(detections.boxes[index], rows, columns)
         planes[index, 1] = np.any([_inside(box, rows, columns) for box in detections.boxes[better]], axis=0)
-        planes[index, 2] = np.abs(2 * columns - x0 - x1) / (x1 - x0)
-        planes[index, 3] = ((2 * rows - y0 - y1) / (y1 - y0))[:, None]
+        planes[index, 2] = planes[index, 0]
+        planes[index, 3] = np.abs(2 * columns - x0 - x1) / (x1 - x0)
+        planes[index, 4] = ((2 * rows - y0 - y1) / (y1 - y0))[:, None]
     return planes
 
 

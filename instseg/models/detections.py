@@ -73,7 +73,7 @@ class DetectionHead(nn.Module):
         Args:
             image: RGB 0..255.
             logits: Of the classes, before the CRF.
-            detections: D detections inside the image; their foregrounds are not looked at.
+            detections: D detections inside the image.
         """
         if len(detections) == 0:
             nothing = 0 * sum((parameter.sum() for parameter in self.parameters()), image.new_zeros(()))

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, max_pool2d
 
-from instseg.models.crops import COLOURS, NUM_PLANES
+from instseg.models.crops import BOX, COLOURS, GIVEN, NUM_PLANES
 from instseg.shapes import Float, Int
 
 _WIDTH = 16  # channels at the crop's own resolution
 _JITTER = 0.2  # in training, the standard deviation of a shift of each colour, in those of natural images
+_WITHHELD = 0.3  # how often what was given is withheld in training, so that the network can do without
 
 
 class ForegroundNetwork(nn.Module):
@@ -39,8 +40,10 @@ class ForegroundNetwork(nn.Module):
         planes = planes.contiguous(memory_format=torch.channels_last)  # a third faster on CPUs
         if not self.training:
             return (self._logits(planes, labels) + self._mirrored_logits(planes, labels)) / 2
-        shift = _JITTER * torch.randn(len(planes), 3, 1, 1).to(planes)
-        planes = torch.cat([planes[:, COLOURS] + shift, planes[:, 3:]], 1)
+        planes = planes.clone()
+        planes[:, COLOURS] += _JITTER * torch.randn(len(planes), 3, 1, 1).to(planes)
+        if torch.rand(()) < _WITHHELD:
+            planes[:, GIVEN] = planes[:, BOX]
         return self._mirrored_logits(planes, labels) if torch.rand(()) < 0.5 else self._logits(planes, labels)
 
     def _mirrored_logits(

@@ -23,6 +23,8 @@ from instseg.models.semantic import build_semantic
 from instseg.shapes import Float
 from instseg.structures import InstanceMap, Sample
 
+_MIN_PRIOR = 1e-6  # as a score, which is greater than 0
+
 
 class NetworkOutput(NamedTuple):
     """What one image yields; all but `detections` is differentiable.
@@ -171,6 +173,20 @@ class InstanceNetwork(nn.Module):
             seen=seen,
         )
 
+    @torch.no_grad()
+    def as_given(self, sample: Sample, logits: Float[Tensor, "L H W"]) -> Sample:
+        """The sample with what the detection head makes of its detections as if that had come with them.
+
+        Foregrounds are where F_d is more likely than not, scores the priors of Y_d.
+        """
+        detections = self.detections(sample, logits)
+        if detections.seen is None or detections.foregrounds is None:
+            return sample
+        given, size = sample.detections, sample.image.shape[:2]
+        foregrounds = (detections.foregrounds > 0.5).unflatten(1, size).cpu().numpy()
+        priors = detections.prior.clamp(min=_MIN_PRIOR).cpu().numpy()
+        return replace(sample, detections=replace(given, scores=priors, foregrounds=foregrounds))
+
     def semantic_logits(self, sample: Sample) -> Float[Tensor, "L H W"]:
         """(L, H, W): the semantic network's, or the sample's own brought to the image's size.
 
@@ -218,7 +234,7 @@ class InstanceNetwork(nn.Module):
             winners = assign_naively(log_q.argmax(1), validity, labels, detections.boxes)
             return one_hot(winners, len(labels) + 1).to(log_q).log()
         shapes = detections.boxes.to(log_q.dtype)
-        if ablation.shape and detections.seen is not None and detections.foregrounds is not None:
+        if ablation.shape and self.detection_head is not None and detections.foregrounds is not None:
             shapes = detections.foregrounds
         log_pr = identify(log_q.exp(), validity, labels, shapes, self.config.background)
         if not ablation.instance_crf:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from instseg.config import FULL, Ablation
+from instseg.config import FULL, Ablation, ModelConfig
 from instseg.evaluation.semantic import mean_iou
 from instseg.evaluation.significance import Comparison, Difference, compare
 from instseg.report.tables import TABLE_THRESHOLDS, Evaluation, align, format_cell
@@ -50,17 +50,29 @@ ROWS = (
     AblationRow("full", "3 full", FULL, (58.3, 52.4, 45.4, 34.9, 20.1, 53.1, 75.3)),
 )
 
+# What the detection head brings, where the network has one.
+_HEAD_ROWS = (
+    AblationRow("given_detections", "3 without detection head", Ablation(detection_head=False, shape=False)),
+    AblationRow("boxes", "3 with boxes in Eq. 4", Ablation(shape=False)),
+)
+_ALL_ROWS = (*ROWS[:-1], *_HEAD_ROWS, ROWS[-1])
+
+
+def rows_of(config: ModelConfig) -> tuple[AblationRow, ...]:
+    """The rows that a network has, in the order of the table."""
+    return _ALL_ROWS if config.detection_head else ROWS
+
 
 def ablation_tables(evaluations: Mapping[str, Evaluation]) -> tuple[str, str]:
     """Our rows of Table 1 beside the paper's, as aligned text and as Markdown.
 
     Args:
-        evaluations: Of `ROWS` by name; a row that is not there is left out.
+        evaluations: Of rows by name; one that is not there is left out.
     """
     num_images = next(iter(evaluations.values())).num_images
     columns = [*(f"{t:.1f}".lstrip("0") for t in TABLE_THRESHOLDS), "vol", "mIoU"]
     table = [[f"AP^r [%] (sds), {num_images} images", *columns, *(f"paper {column}" for column in columns)]]
-    for row in ROWS:
+    for row in _ALL_ROWS:
         if evaluation := evaluations.get(row.name):
             ours = [*evaluation.row(), 100 * mean_iou(evaluation.confusion_after)]
             table.append([row.title, *(format_cell(value) or "–" for value in (*ours, *row.paper))])
@@ -77,7 +89,7 @@ def difference_tables(comparisons: Mapping[str, Comparison]) -> tuple[str, str]:
     """What `compare_rows` found, as aligned text and as Markdown."""
     num_resamples = next(iter(comparisons.values())).num_resamples
     table = [[f"full - row (95 % interval, {num_resamples} resamples of the images)", "AP^r_vol", "mIoU"]]
-    for row in ROWS:
+    for row in _ALL_ROWS:
         if found := comparisons.get(row.name):
             table.append([row.title, _interval(found.ap_r_vol), _interval(found.mean_iou)])
     return "\n".join(align(table)), _markdown(table)

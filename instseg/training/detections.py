@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -56,7 +58,7 @@ def jitter_boxes(detections: Detections, height: int, width: int) -> Detections:
     boxes = np.clip(moved, 0, np.array([width, height, width, height], np.float32))
     lost = (boxes[:, 0] >= boxes[:, 2]) | (boxes[:, 1] >= boxes[:, 3])
     boxes[lost] = detections.boxes[lost]
-    return Detections(detections.labels, detections.scores, boxes)
+    return replace(detections, boxes=boxes)
 
 
 def _truth_on_grid(
