@@ -30,9 +30,8 @@ from instseg.models.checkpoint import (
     latest_checkpoint,
     save_checkpoint,
 )
-from instseg.models.detections import DetectionTensors
 from instseg.models.network import InstanceNetwork
-from instseg.structures import Detections, Sample
+from instseg.structures import Sample
 from instseg.training.detections import detection_loss, jitter_boxes
 from instseg.training.losses import instance_loss, semantic_loss
 from instseg.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer, set_learning_rate
@@ -70,29 +69,30 @@ class Objective(nn.Module):
         return total + 0 * torch.stack([p.sum() for p in self.network.parameters()]).sum(), losses
 
     def _head_loss(self, sample: Sample) -> dict[str, Tensor]:
-        logits = self.network.semantic_logits(sample)
+        logits, matches = self.network.semantic_logits(sample), _matches(sample)
         jittered = replace(sample, detections=jitter_boxes(sample.detections, *sample.image.shape[:2]))
-        return self._detection_loss(sample, jittered.detections, self.network.detections(jittered, logits))
+        seen = self.network.detections(jittered, logits, learned=matches >= 0).seen
+        assert seen is not None  # for type checkers: only a network with a detection head has such epochs
+        return {"detection_loss": detection_loss(seen, jittered.detections, matches, sample.known_instances)}
 
     def _losses(self, sample: Sample) -> dict[str, Tensor]:
         config, output = self.config, self.network(sample, self.config.ablation)
         labels, truth = sample.detections.labels, (sample.known_instances, sample.instance_labels)
         floor = config.probability_floor
-        return {
+        losses = {
             "semantic_loss": semantic_loss(output.log_q, sample.semantic, floor),
             "instance_loss": instance_loss(output.instance_log_q, labels, *truth, config.instance_loss, floor),
-            **self._detection_loss(sample, sample.detections, output.detections),
         }
+        if (seen := output.detections.seen) is not None:
+            losses["detection_loss"] = detection_loss(seen, sample.detections, _matches(sample), truth[0])
+        return losses
 
-    def _detection_loss(self, sample: Sample, given: Detections, detections: DetectionTensors) -> dict[str, Tensor]:
-        """Of what the head saw of the sample's detections, whose boxes may be jittered in `given`."""
-        if detections.seen is None:
-            return {}
-        truth = sample.known_instances
-        matches = (
-            np.full(len(given), -1) if truth is None else match_boxes(sample.detections, truth, sample.instance_labels)
-        )
-        return {"detection_loss": detection_loss(detections.seen, given, matches, truth)}
+
+def _matches(sample: Sample) -> np.ndarray:
+    """(D,) index of the instance that each detection has found, or -1."""
+    if (truth := sample.known_instances) is None:
+        return np.full(len(sample.detections), -1)
+    return match_boxes(sample.detections, truth, sample.instance_labels)
 
 
 @dataclass

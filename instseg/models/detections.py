@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -66,7 +67,11 @@ class DetectionHead(nn.Module):
         self.validity = ValidityPrior(num_labels)
 
     def forward(
-        self, image: Float[Tensor, "H W 3"], logits: Float[Tensor, "L H W"], detections: Detections
+        self,
+        image: Float[Tensor, "H W 3"],
+        logits: Float[Tensor, "L H W"],
+        detections: Detections,
+        learned: Bool[np.ndarray, " D"] | None = None,
     ) -> SeenDetections:
         """Look at each detection.
 
@@ -74,6 +79,7 @@ class DetectionHead(nn.Module):
             image: RGB 0..255.
             logits: Of the classes, before the CRF.
             detections: D detections inside the image.
+            learned: Whose foregrounds have gradients, which take two thirds of the time; default: all.
         """
         if len(detections) == 0:
             nothing = 0 * sum((parameter.sum() for parameter in self.parameters()), image.new_zeros(()))
@@ -81,7 +87,20 @@ class DetectionHead(nn.Module):
         labels = torch.from_numpy(detections.labels).to(image.device)
         scores = torch.from_numpy(detections.scores).to(image)
         planes = crop_planes(image, logits.softmax(0), detections)
-        mask_logits = self.foreground(planes, labels)
+        mask_logits = self._mask_logits(planes, labels, learned)
         # A prior that could move F_d would make masks that look right, not right ones.
         prior = self.validity(planes, mask_logits.detach().sigmoid(), labels, scores)
         return SeenDetections(mask_logits, prior)
+
+    def _mask_logits(
+        self, planes: Float[Tensor, "D planes size size"], labels: Int[Tensor, " D"], learned: np.ndarray | None
+    ) -> Float[Tensor, "D size size"]:
+        if learned is None:
+            return self.foreground(planes, labels)
+        chosen = torch.from_numpy(learned).to(planes.device)
+        with torch.no_grad():
+            rest = self.foreground(planes[~chosen], labels[~chosen])
+        logits = rest.new_empty(len(planes), SIZE, SIZE)
+        logits[~chosen] = rest
+        logits[chosen] = self.foreground(planes[chosen], labels[chosen])
+        return logits

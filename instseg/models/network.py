@@ -150,8 +150,20 @@ class InstanceNetwork(nn.Module):
             instance_log_q.T.unflatten(1, (height, width)),
         )
 
-    def detections(self, sample: Sample, logits: Float[Tensor, "L H W"], ablation: Ablation = FULL) -> DetectionTensors:
+    def detections(
+        self,
+        sample: Sample,
+        logits: Float[Tensor, "L H W"],
+        ablation: Ablation = FULL,
+        learned: np.ndarray | None = None,
+    ) -> DetectionTensors:
         """The sample's detections with what takes part of them: of the detection head, else of the sample.
+
+        Args:
+            sample: The image and its detections.
+            logits: (L, H, W), `semantic_logits`.
+            ablation: What takes part.
+            learned: As of `DetectionHead`.
 
         Raises:
             ValueError: If they do not fit the image or the label set.
@@ -161,7 +173,7 @@ class InstanceNetwork(nn.Module):
         given.check_image(height, width, self.num_labels)
         seen = foregrounds = None
         if ablation.detection_potentials and ablation.detection_head and self.detection_head is not None:
-            seen = self.detection_head(self._tensor(sample.image), logits, given)
+            seen = self.detection_head(self._tensor(sample.image), logits, given, learned)
             foregrounds = seen.foregrounds(given, height, width)
         elif given.foregrounds is not None:
             foregrounds = self._tensor(given.foregrounds).flatten(1)
