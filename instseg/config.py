@@ -88,7 +88,12 @@ class ModelConfig(_Checked):
     semantic_crf: SemanticCrfConfig = field(default_factory=SemanticCrfConfig)
     instance_crf: InstanceCrfConfig = field(default_factory=InstanceCrfConfig)
     background: Background = "rescored"  # channel d0 inside boxes, ALGORITHM section 4
+    map_weight: float = 0.05  # exponent of Q_i(l_k) in Eq. 4 where a detection head's F_d stands for B_d; else 1
     score: Score = "validity"  # what instances are ranked by, ALGORITHM section 6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        non_negative("map_weight", self.map_weight)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from instseg.evaluation.semantic import label_iou
 from instseg.lattice import torch_backend
 from instseg.models.semantic import normalize
 
-LABELS, VALIDITY, BOXES = torch.tensor([1, 2]), torch.tensor([0.5, 0.6]), torch.ones(2, 6)
+LABELS, VALIDITY, BOXES = torch.tensor([1, 2]), torch.tensor([0.5, 0.6]), torch.ones(2, 6, dtype=torch.bool)
 
 
 def test_wrong_shapes_are_caught():

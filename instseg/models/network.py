@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate, one_hot
 
 from instseg.config import FULL, Ablation, ModelConfig
 from instseg.crf.higher_order import HigherOrderCRF
-from instseg.crf.identify import assign_naively, identify
+from instseg.crf.identify import assign_naively, identify, identify_by_foreground
 from instseg.crf.instance import InstanceCRF
 from instseg.crf.pairwise import Kernels, build_kernels
 from instseg.models.checkpoint import Checkpoint, find_checkpoint, from_json
@@ -245,10 +245,11 @@ class InstanceNetwork(nn.Module):
         if not ablation.identification:
             winners = assign_naively(log_q.argmax(1), validity, labels, detections.boxes)
             return one_hot(winners, len(labels) + 1).to(log_q).log()
-        shapes = detections.boxes.to(log_q.dtype)
-        if ablation.shape and self.detection_head is not None and detections.foregrounds is not None:
-            shapes = detections.foregrounds
-        log_pr = identify(log_q.exp(), validity, labels, shapes, self.config.background)
+        q, foregrounds = log_q.exp(), detections.foregrounds
+        if ablation.shape and self.detection_head is not None and foregrounds is not None:
+            log_pr = identify_by_foreground(q, validity, labels, foregrounds, self.config.map_weight)
+        else:
+            log_pr = identify(q, validity, labels, detections.boxes, self.config.background)
         if not ablation.instance_crf:
             return log_pr
         if self.config.instance_crf.kernels != self.config.semantic_crf.kernels:
