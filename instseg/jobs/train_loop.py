@@ -34,7 +34,13 @@ from instseg.models.network import InstanceNetwork
 from instseg.structures import Sample
 from instseg.training.detections import detection_loss, jitter_boxes
 from instseg.training.losses import instance_loss, semantic_loss
-from instseg.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer, set_learning_rate
+from instseg.training.optimizer import (
+    build_optimizer,
+    optimizer_tensors,
+    restore_optimizer,
+    set_learning_rate,
+    take_step,
+)
 
 _STEPS_PER_POINT = 10  # of the curves in MLflow
 # A checkpoint has the records of as many epochs as the driver may not have logged when it dies: one that waits in
@@ -181,7 +187,7 @@ def _train_epoch(worker: _Worker, epoch: int) -> Iterator[dict[str, float]]:
         if not torch.isfinite(total):
             raise FloatingPointError(f"loss is {total.item()} at {sample.image_id}; lower the learning rates")
         total.backward()
-        worker.optimizer.step()
+        take_step(worker.optimizer)
         values = {name: loss.item() for name, loss in losses.items()}
         if worker.rank == 0:
             log.add(index, values)

@@ -10,7 +10,7 @@ import torch
 
 from instseg.config import ModelConfig, TrainConfig
 from instseg.models.network import InstanceNetwork
-from instseg.training.optimizer import build_optimizer, set_learning_rate
+from instseg.training.optimizer import build_optimizer, set_learning_rate, take_step
 
 WITH_HEAD = ModelConfig(detection_head=True)
 STEPS = 40  # per epoch
@@ -71,3 +71,21 @@ def test_a_constant_rate_stays():
     assert not crf[: 2 * STEPS].any()
     assert (crf[2 * STEPS :] == 0.5).all()
     assert (head[50:] == 0.125).all()
+
+
+def test_a_part_that_begins_late_begins_as_if_it_were_the_first_step():
+    """Adam's first steps are as long as the rate, whatever the gradient; zeros before would make them longer."""
+    network, optimizer, config = trained(
+        model=WITH_HEAD, num_epochs=3, num_head_epochs=2, learning_rate_schedule="constant"
+    )
+    weight, of_head = network.instance_crf.spatial_weight, next(network.head_parameters())
+    start, begin = weight.item(), 2 * STEPS
+    for step in range(begin + 3):
+        set_learning_rate(optimizer, config, step, STEPS)
+        weight.grad = torch.tensor(1.0 if step >= begin else 0.0)
+        of_head.grad = torch.ones_like(of_head)
+        before = of_head.detach().clone()
+        take_step(optimizer)
+        assert (of_head < before).all()
+        moved = 0.5 * max(0, step - begin + 1)
+        assert weight.item() == pytest.approx(start - moved, abs=1e-4)
