@@ -175,7 +175,7 @@ class InstanceNetwork(nn.Module):
         if ablation.detection_potentials and ablation.detection_head and self.detection_head is not None:
             seen = self.detection_head(self._tensor(sample.image), logits, given, learned)
             foregrounds = seen.foregrounds(given, height, width)
-        elif given.foregrounds is not None:
+        elif ablation.detection_potentials and given.foregrounds is not None:
             foregrounds = self._tensor(given.foregrounds).flatten(1)
         return DetectionTensors(
             labels=self._tensor(given.labels, torch.int64),
