@@ -80,10 +80,12 @@ class InstanceNetwork(nn.Module):
         expected = trained["num_labels"] if num_labels is None else num_labels
         if trained["num_labels"] != expected:
             raise ValueError(f"checkpoint {path}: has {trained['num_labels']} labels, the data has {expected}")
-        config = from_json(ModelConfig, trained["model"]) if config is None else config
-        if config.semantic != trained["model"]["semantic"]:
-            got = trained["model"]["semantic"]
-            raise ValueError(f"checkpoint {path}: was trained with model.semantic {got!r}, not {config.semantic!r}")
+        model = from_json(ModelConfig, trained["model"])
+        config = model if config is None else config
+        for name in ("semantic", "detection_head"):
+            got, wanted = getattr(model, name), getattr(config, name)
+            if got != wanted:
+                raise ValueError(f"checkpoint {path}: was trained with model.{name} {got!r}, not {wanted!r}")
         # The checkpoint replaces the weights that training started from, whose file may be gone.
         network = InstanceNetwork(replace(config, semantic_weights=None), expected)
         network.restore(checkpoint)

@@ -143,6 +143,19 @@ def test_another_architecture_is_named(tmp_path: Path) -> None:
         InstanceNetwork.load(tmp_path, replace(MODEL, semantic="fcn8s"))
 
 
+@pytest.mark.parametrize("has_head", [True, False])
+def test_a_detection_head_comes_back_and_is_neither_made_up_nor_dropped(tmp_path: Path, has_head: bool) -> None:
+    model = replace(MODEL, detection_head=has_head)
+    network = InstanceNetwork(model, 4)
+    config = {"model": asdict(model), "num_labels": 4}
+    save_checkpoint(epoch_folder(tmp_path, 1), network.state_dict(), config)
+    loaded = InstanceNetwork.load(tmp_path)
+    assert (loaded.detection_head is not None) == has_head
+    torch.testing.assert_close(loaded.state_dict(), network.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=f"trained with model.detection_head {has_head}, not {not has_head}"):
+        InstanceNetwork.load(tmp_path, replace(model, detection_head=not has_head))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
