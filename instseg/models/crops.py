@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 from instseg.shapes import Float
 from instseg.structures import Detections, box_to_slices
@@ -60,12 +60,12 @@ def paste(
     logits: Float[Tensor, "D size size"], detections: Detections, height: int, width: int
 ) -> Float[Tensor, "D H W"]:
     """Probabilities in the image's pixels from logits on the grid; 0 outside the windows."""
-    pasted = logits.new_zeros(len(detections), height, width)
-    for index, (y, x) in enumerate(windows(detections, height, width)):
+    pasted = [logits.new_zeros(0, height, width)]  # written in place, each window would copy the gradient of all
+    for mask, (y, x) in zip(logits, windows(detections, height, width), strict=True):
         size = (y.stop - y.start, x.stop - x.start)
-        resized = interpolate(logits[None, index : index + 1], size=size, mode="bilinear", align_corners=False)
-        pasted[index, y, x] = resized[0, 0].sigmoid()
-    return pasted
+        resized = interpolate(mask[None, None], size=size, mode="bilinear", align_corners=False)[0].sigmoid()
+        pasted.append(pad(resized, (x.start, width - x.stop, y.start, height - y.stop)))
+    return torch.cat(pasted)
 
 
 def to_grid(planes: Float[Tensor, "C h w"]) -> Float[Tensor, "C size size"]:
