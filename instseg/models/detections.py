@@ -81,9 +81,6 @@ class DetectionHead(nn.Module):
             detections: D detections inside the image.
             learned: Whose foregrounds have gradients, which take two thirds of the time; default: all.
         """
-        if len(detections) == 0:
-            nothing = 0 * sum((parameter.sum() for parameter in self.parameters()), image.new_zeros(()))
-            return SeenDetections(nothing + image.new_zeros(0, SIZE, SIZE), nothing + image.new_zeros(0))
         labels = torch.from_numpy(detections.labels).to(image.device)
         scores = torch.from_numpy(detections.scores).to(image)
         planes = crop_planes(image, logits.softmax(0), detections)

@@ -104,6 +104,17 @@ def test_no_detections_keep_the_graph(head, scene, training):
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in head.parameters())
 
 
+@pytest.mark.parametrize("learned", [[True, False, True], [False] * 3, [True] * 3])
+def test_only_learned_foregrounds_have_gradients_and_all_have_the_same_values(head, scene, learned):
+    seen, plain = head(*scene, found(*ROWS), np.array(learned)), head(*scene, found(*ROWS))
+    torch.testing.assert_close(seen.mask_logits, plain.mask_logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(seen.prior, plain.prior, atol=1e-4, rtol=1e-4)
+    weight = head.foreground.out.weight
+    for mask, has_gradient in zip(seen.mask_logits, learned, strict=True):
+        (gradient,) = torch.autograd.grad(mask.sum(), weight, retain_graph=True)
+        assert gradient.any() == has_gradient
+
+
 def test_the_prior_begins_as_the_detectors_log_odds(scene):
     prior = DetectionHead(LABELS)(*scene, found(*ROWS)).prior
     scores = torch.tensor([0.9, 0.4, 1 - 1e-4])  # a score of 1 has finite ones
