@@ -54,10 +54,8 @@ def jitter_boxes(detections: Detections, height: int, width: int) -> Detections:
     """
     sides = detections.boxes[:, 2:] - detections.boxes[:, :2]
     moved = detections.boxes + _JITTER * np.tile(sides, 2) * (2 * torch.rand(len(detections), 4).numpy() - 1)
-    # An edge moves by less than half a side, so boxes keep an area; the image's border may take it.
+    # An edge moves by less than half a side, so boxes inside the image keep an area there.
     boxes = np.clip(moved, 0, np.array([width, height, width, height], np.float32))
-    lost = (boxes[:, 0] >= boxes[:, 2]) | (boxes[:, 1] >= boxes[:, 3])
-    boxes[lost] = detections.boxes[lost]
     return replace(detections, boxes=boxes)
 
 
