@@ -42,6 +42,16 @@ def network(**changes) -> InstanceNetwork:
     return InstanceNetwork(ModelConfig(**changes), num_labels=3)
 
 
+@pytest.fixture
+def with_head() -> InstanceNetwork:
+    """A network whose detection head is as it is initialised, but for a prior that is not the detector's."""
+    torch.manual_seed(0)
+    model = network(detection_head=True).eval()
+    assert model.detection_head is not None
+    torch.nn.init.normal_(model.detection_head.validity.out.weight)
+    return model
+
+
 def test_finds_both_instances_and_lowers_the_false_positive():
     sample, model = two_squares(), network()
     output = model(sample)
@@ -163,3 +173,81 @@ def test_missing_or_wrong_logits_name_the_image():
         network()(replace(sample, logits=None))
     with pytest.raises(ValueError, match="two-squares: logits: expected 3 classes, got 2"):
         network()(replace(sample, logits=np.zeros((2, 3, 4), np.float16)))
+
+
+@torch.no_grad()
+def test_the_detection_head_replaces_what_came_with_the_detections(with_head):
+    sample = two_squares()
+    bare = replace(sample, detections=replace(sample.detections, foregrounds=None))
+    for output in (with_head(sample), with_head(bare)):
+        detections = output.detections
+        assert detections.seen is not None
+        torch.testing.assert_close(detections.prior, detections.seen.prior.sigmoid())
+        expected = detections.seen.foregrounds(sample.detections, HEIGHT, WIDTH)
+        torch.testing.assert_close(detections.foregrounds, expected)
+        assert not torch.allclose(output.log_q, network()(sample).log_q, atol=0.01)
+    with pytest.raises(ValueError, match="expected foregrounds, got None; compute them"):
+        with_head(bare, Ablation(detection_head=False))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "ablation",
+    [Ablation(detection_head=False, shape=False), WITHOUT, replace(WITHOUT, instance_crf=False)],
+    ids=["no head", "no potentials", "identification alone"],
+)
+def test_without_its_detection_head_a_network_is_that_of_the_paper(with_head, ablation):
+    sample, paper = two_squares(), network()
+    sample.detections.foregrounds[0, :, :8] = False  # pyright: ignore[reportOptionalSubscript]
+    found, expected = with_head(sample, ablation), paper(sample, ablation)
+    assert found.detections.seen is None
+    torch.testing.assert_close(found.log_q, expected.log_q)
+    torch.testing.assert_close(found.validity, expected.validity)
+    torch.testing.assert_close(found.instance_log_q, expected.instance_log_q)
+
+
+@torch.no_grad()
+def test_foregrounds_or_boxes_are_the_shapes_of_identification(with_head):
+    """Where the box reaches and F_d does not, only the box lets an instance have pixels."""
+    sample = two_squares(detections_of((1, 0.9, (3, 6, 13, 18))))
+    head = with_head.detection_head
+    assert head is not None
+    torch.nn.init.zeros_(head.foreground.out.weight)
+    torch.nn.init.constant_(head.foreground.out.bias, -12.0)
+    before_crf = Ablation(instance_crf=False)
+    of_foregrounds, of_boxes = (with_head(sample, replace(before_crf, shape=shape)) for shape in (True, False))
+    torch.testing.assert_close(of_foregrounds.log_q, of_boxes.log_q)
+    inside, window = torch.zeros(2, HEIGHT, WIDTH, dtype=torch.bool)
+    inside[6:18, 3:13] = window[4:20, 1:15] = True  # a margin of 0.15 of the sides, in whole pixels
+    q, validity = of_boxes.log_q.exp(), of_boxes.validity[0]
+    for output, covered, shape in ((of_boxes, inside, 1.0), (of_foregrounds, window, torch.tensor(-12.0).sigmoid())):
+        instance, background = q[1] * validity * shape, q[0] * validity
+        expected = torch.where(covered, instance / (instance + background), 0.0)
+        torch.testing.assert_close(output.instance_log_q[1].exp(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_of_an_instance_reach_the_detection_head():
+    torch.manual_seed(0)
+    model = network(detection_head=True)
+    model(two_squares()).instance_log_q[1, 8, 8].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+    for name, parameter in model.named_parameters():
+        if name.startswith("detection_head.foreground") or "validity.out" in name or "validity.scale" in name:
+            assert parameter.grad.any(), name  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_no_detections_are_none_to_the_detection_head(with_head):
+    output = with_head(two_squares(Detections.empty(HEIGHT, WIDTH)))
+    assert len(with_head.instance_map(output)) == 0
+    torch.testing.assert_close(output.log_q, network()(two_squares(Detections.empty(HEIGHT, WIDTH))).log_q)
+
+
+def test_what_the_head_sees_can_be_given(with_head):
+    sample = two_squares()
+    given = with_head.as_given(sample, with_head.semantic_logits(sample)).detections
+    seen = with_head(sample).detections
+    np.testing.assert_allclose(given.scores, seen.prior.detach(), rtol=1e-6)
+    np.testing.assert_array_equal(given.foregrounds, (seen.foregrounds > 0.5).unflatten(1, (HEIGHT, WIDTH)))
+    assert network().as_given(sample, torch.zeros(3, HEIGHT, WIDTH)) is sample
