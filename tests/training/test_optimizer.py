@@ -64,9 +64,7 @@ def test_the_head_begins_first_and_warms_up_and_all_end_together():
 
 
 def test_a_constant_rate_stays():
-    _, optimizer, config = trained(
-        model=WITH_HEAD, num_epochs=3, num_head_epochs=2, learning_rate_schedule="constant"
-    )
+    _, optimizer, config = trained(model=WITH_HEAD, num_epochs=3, num_head_epochs=2, learning_rate_schedule="constant")
     crf, _, head = (torch.tensor(curve) for curve in zip(*rates(optimizer, config), strict=True))
     assert not crf[: 2 * STEPS].any()
     assert (crf[2 * STEPS :] == 0.5).all()
