@@ -180,8 +180,8 @@ class TrainConfig(_Checked):
         unit_interval("probability_floor", self.probability_floor)
         heads = 0 if self.model.detection_head else self.num_head_epochs
         require(heads == 0, "num_head_epochs", "0 without model.detection_head", self.num_head_epochs)
-        fewer = f"0 to {self.num_epochs - 1}, fewer than num_epochs"
-        require(0 <= self.num_head_epochs < self.num_epochs, "num_head_epochs", fewer, self.num_head_epochs)
+        some = f"0 to {self.num_epochs}, some or all of num_epochs"
+        require(0 <= self.num_head_epochs <= self.num_epochs, "num_head_epochs", some, self.num_head_epochs)
         if self.held_out is not None:
             require(0 <= self.held_out < self.num_folds, "held_out", f"0 to {self.num_folds - 1}", self.held_out)
         for name in (

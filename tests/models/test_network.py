@@ -220,8 +220,12 @@ def test_foregrounds_or_boxes_are_the_shapes_of_identification(with_head):
     inside, window = torch.zeros(2, HEIGHT, WIDTH, dtype=torch.bool)
     inside[6:18, 3:13] = window[4:20, 1:15] = True  # a margin of 0.15 of the sides, in whole pixels
     q, validity = of_boxes.log_q.exp(), of_boxes.validity[0]
-    for output, covered, shape in ((of_boxes, inside, 1.0), (of_foregrounds, window, torch.tensor(-12.0).sigmoid())):
-        instance, background = q[1] * validity * shape, q[0] * validity
+    shape, weight = torch.tensor(-12.0).sigmoid(), with_head.config.map_weight
+    rows = (
+        (of_boxes, inside, q[1] * validity, q[0] * validity),
+        (of_foregrounds, window, q[1] ** weight * validity * shape, q[0] ** weight * validity * (1 - shape)),
+    )
+    for output, covered, instance, background in rows:
         expected = torch.where(covered, instance / (instance + background), 0.0)
         torch.testing.assert_close(output.instance_log_q[1].exp(), expected, atol=1e-5, rtol=1e-4)
 
