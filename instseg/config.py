@@ -152,7 +152,7 @@ class TrainConfig(_Checked):
     ablation: Ablation = FULL
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     num_epochs: int = 1
-    num_head_epochs: int = 0  # the first of them, which train the detection head alone and are fast
+    num_head_epochs: int = 0  # the first of them, or all if they are fewer, train the detection head alone and are fast
     num_workers: int = 2  # the batch: each takes one image a step
     device: Device = "auto"  # "gpu": a GPU for each worker; "auto": that if there are enough, else CPUs, and says so
     cpus_per_worker: int = 1
@@ -180,8 +180,6 @@ class TrainConfig(_Checked):
         unit_interval("probability_floor", self.probability_floor)
         heads = 0 if self.model.detection_head else self.num_head_epochs
         require(heads == 0, "num_head_epochs", "0 without model.detection_head", self.num_head_epochs)
-        some = f"0 to {self.num_epochs}, some or all of num_epochs"
-        require(0 <= self.num_head_epochs <= self.num_epochs, "num_head_epochs", some, self.num_head_epochs)
         if self.held_out is not None:
             require(0 <= self.held_out < self.num_folds, "held_out", f"0 to {self.num_folds - 1}", self.held_out)
         for name in (
@@ -189,6 +187,7 @@ class TrainConfig(_Checked):
             "learning_rate_compatibility",
             "learning_rate_network",
             "learning_rate_head",
+            "num_head_epochs",
             "max_failures",
         ):
             non_negative(name, getattr(self, name))

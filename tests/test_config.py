@@ -80,11 +80,8 @@ def test_epochs_of_the_detection_head_alone_need_one():
     assert TrainConfig("data", "out", model=model, num_epochs=3, num_head_epochs=2).num_head_epochs == 2
     with pytest.raises(ValueError, match=r"num_head_epochs: expected 0 without model\.detection_head, got 2"):
         TrainConfig("data", "out", num_epochs=3, num_head_epochs=2)
-    for number in (-1, 4):
-        with pytest.raises(
-            ValueError, match=f"num_head_epochs: expected 0 to 3, some or all of num_epochs, got {number}"
-        ):
-            TrainConfig("data", "out", model=model, num_epochs=3, num_head_epochs=number)
+    with pytest.raises(ValueError, match="num_head_epochs: expected a value >= 0, got -1"):
+        TrainConfig("data", "out", model=model, num_head_epochs=-1)
 
 
 def test_whole_numbers_are_weights_too():
