@@ -50,10 +50,11 @@ ROWS = (
     AblationRow("full", "3 full", FULL, (58.3, 52.4, 45.4, 34.9, 20.1, 53.1, 75.3)),
 )
 
-# What the detection head brings, where the network has one.
+# What the detection head brings, where the network has one, and what the instance CRF makes of it.
 _HEAD_ROWS = (
     AblationRow("given_detections", "3 without detection head", Ablation(detection_head=False, shape=False)),
     AblationRow("boxes", "3 with boxes in Eq. 4", Ablation(shape=False)),
+    AblationRow("no_instance_crf", "3 without instance CRF", Ablation(instance_crf=False)),
 )
 _ALL_ROWS = (*ROWS[:-1], *_HEAD_ROWS, ROWS[-1])
 
