@@ -23,8 +23,8 @@ class DetectionPotential:
 
     Attributes:
         labels: (D,) int64 classes l_d.
-        scores: (D,) float detector scores s_d in (0, 1].
-        foregrounds: (D, N) float 0/1, the pixels F_d; an empty row takes no part in the CRF.
+        scores: (D,) float scores s_d in 0..1, the detector's or learned ones.
+        foregrounds: (D, N) float in 0..1, how far each pixel belongs to F_d; an empty row takes no part in the CRF.
         weight_x: (L,) class-specific weight of the pixel update.
         weight_y: (L,) class-specific weight of the Y update; in the `tied` form the one weight of both.
         form: Which of the two forms.
@@ -48,12 +48,12 @@ class DetectionPotential:
 
     @property
     def initial_validity(self) -> Float[Tensor, " D"]:
-        """(D,) q1 = Q(Y_d = 1) before the first iteration: the detector's score."""
+        """(D,) q1 = Q(Y_d = 1) before the first iteration: the score."""
         return self.scores.clamp(max=MAX_SCORE)
 
     @property
     def unary_logit(self) -> Float[Tensor, " D"]:
-        """(D,) psi_U(0) - psi_U(1): the evidence for Y_d = 1 from the detector alone."""
+        """(D,) psi_U(0) - psi_U(1): the evidence for Y_d = 1 from the score alone."""
         scores = self.initial_validity
         return torch.logit(scores) if self.unary == "logit" else 2.0 * scores - 1.0
 
