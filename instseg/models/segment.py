@@ -30,7 +30,7 @@ def segment_instances(
             the background.
         detections: Any detector's detections; foregrounds are computed by GrabCut where they are None.
         network: A trained one, `InstanceNetwork.load(path)`; default: hand-set parameters, kept between calls.
-        config: Settings of the hand-set network, whose `semantic` must stay "logits".
+        config: Settings of the hand-set network, whose `semantic` must stay "logits" and which has no detection head.
 
     Raises:
         ValueError: If shapes, classes or boxes do not fit each other or the network, probabilities are negative or not
@@ -69,6 +69,8 @@ def _network(network: InstanceNetwork | None, config: ModelConfig | None, num_la
     settings = network.config if network else config or ModelConfig()
     instead = f"{settings.semantic!r}; call InstanceNetwork with a Sample to run its own semantic network"
     require(settings.semantic == LOGITS, "semantic", f"{LOGITS!r} beside semantic_probabilities", instead)
+    trained = "False without a trained network"
+    require(network is not None or not settings.detection_head, "detection_head", trained, settings.detection_head)
     network = network or _hand_set(num_labels, settings)
     labels = f"{network.num_labels} labels as the network"
     require(num_labels == network.num_labels, "semantic_probabilities", labels, num_labels)

@@ -46,6 +46,14 @@ def test_a_network_of_ones_own_is_used(inputs):
     assert not np.allclose(found.scores, segment_instances(sample.image, inputs[1], sample.detections).scores, atol=0.1)
 
 
+def test_a_detection_head_cannot_be_set_by_hand(inputs):
+    with pytest.raises(ValueError, match="detection_head: expected False without a trained network, got True"):
+        segment_instances(*inputs, config=ModelConfig(detection_head=True))
+    torch.manual_seed(0)
+    network = InstanceNetwork(ModelConfig(detection_head=True), 3).eval()
+    assert segment_instances(*inputs, network=network).instances.shape == inputs[0].shape[:2]
+
+
 def test_the_hand_set_network_is_kept_between_calls(inputs, monkeypatch):
     _hand_set.cache_clear()
     built, build = [], InstanceNetwork.__init__
