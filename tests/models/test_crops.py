@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from instseg.models.crops import (
     BOX,
     COLOURS,
+    GIVEN,
     NUM_PLANES,
     OF_BACKGROUND,
     OF_CLASS,
@@ -67,6 +70,15 @@ def test_geometry_by_hand():
     np.testing.assert_allclose(planes[-1], (y - 32.5) / 27.5, atol=1e-5)
 
 
+def test_what_was_given_is_a_plane_and_the_box_where_nothing_was():
+    one = found((1, 0.5, BOX_OF_A_GRID))
+    (planes,) = crop_planes(*scene(), one)
+    torch.testing.assert_close(planes[GIVEN], planes[BOX], rtol=0, atol=0)
+    mask = np.random.default_rng(0).random((1, HEIGHT, WIDTH)) < 0.5
+    (planes,) = crop_planes(*scene(), replace(one, foregrounds=mask))
+    np.testing.assert_allclose(planes[GIVEN], mask[0, :, 2:66], atol=1e-6)
+
+
 def test_windows_end_at_the_border_and_have_a_pixel():
     rows = [(0, 0, 10, 20), (95, 50, 100, 100), (50.2, 60.3, 50.4, 60.5), (40, 40, 60, 80)]
     expected = [(0, 23, 0, 12), (42, 100, 94, 100), (60, 61, 50, 51), (34, 86, 37, 63)]
@@ -83,12 +95,14 @@ def test_the_mirror_image_has_the_mirrored_planes():
     image, probabilities = scene(1)
     rows = [(1, 0.9, (3.3, 4.1, 40.7, 50.2)), (1, 0.4, (20.9, 10.3, 78.8, 63.6)), (3, 0.7, (50.2, 2.2, 61.7, 9.6))]
     mirrored = [(label, score, (WIDTH - x1, y0, WIDTH - x0, y1)) for label, score, (x0, y0, x1, y1) in rows]
-    planes = crop_planes(image, probabilities, found(*rows))
-    of_mirrored = crop_planes(image.flip(1), probabilities.flip(2), found(*mirrored))
+    masks = np.random.default_rng(0).random((3, HEIGHT, WIDTH)) < 0.5
+    planes = crop_planes(image, probabilities, replace(found(*rows), foregrounds=masks))
+    mirror = replace(found(*mirrored), foregrounds=masks[:, :, ::-1])
+    of_mirrored = crop_planes(image.flip(1), probabilities.flip(2), mirror)
     torch.testing.assert_close(of_mirrored, planes.flip(3), atol=1e-5, rtol=1e-5)
-    masks = torch.randn(3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-    pasted = paste(masks.flip(2), found(*mirrored), HEIGHT, WIDTH)
-    torch.testing.assert_close(pasted, paste(masks, found(*rows), HEIGHT, WIDTH).flip(2), atol=1e-5, rtol=1e-5)
+    logits = torch.randn(3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    pasted = paste(logits.flip(2), found(*mirrored), HEIGHT, WIDTH)
+    torch.testing.assert_close(pasted, paste(logits, found(*rows), HEIGHT, WIDTH).flip(2), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("side", [20, 64, 230])

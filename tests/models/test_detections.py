@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import mse_loss
 
 from instseg.models import foreground as module
-from instseg.models.crops import BOX, NUM_PLANES, OF_BACKGROUND, OF_CLASS, OF_OTHERS, RIVALS, SIZE, crop_planes
+from instseg.models.crops import BOX, GIVEN, NUM_PLANES, OF_BACKGROUND, OF_CLASS, OF_OTHERS, RIVALS, SIZE, crop_planes
 from instseg.models.detections import DetectionHead
 from instseg.models.foreground import ForegroundNetwork
 from instseg.models.validity import ValidityPrior, _agreement
@@ -81,6 +81,23 @@ def test_colours_are_shifted_in_training_alone(scene):
         torch.testing.assert_close(first, again, rtol=0, atol=0)
         mirrored = other.flip(2) if training else other
         assert (min((first - one).abs().max() for one in (other, mirrored)) > 1e-3) == training
+
+
+def test_what_was_given_is_withheld_now_and_then_in_training(scene, monkeypatch):
+    network, labels, received = ForegroundNetwork(LABELS), torch.tensor([1, 1, 3]), []
+    planes = crop_planes(scene[0], scene[1].softmax(0), found(*ROWS))
+    planes[:, GIVEN] = 0.5
+    monkeypatch.setattr(network, "_logits", lambda planes, labels: received.append(planes) or planes[:, 0])
+    for training in (True, False):
+        network.train(training)
+        received.clear()
+        torch.manual_seed(0)
+        for _ in range(100):
+            network(planes, labels)
+        withheld = [not torch.equal(p[:, GIVEN], planes[:, GIVEN]) for p in received]
+        assert 15 < sum(withheld) < 45 if training else not any(withheld)
+        boxes = [p for p, without in zip(received, withheld, strict=True) if without]
+        assert all(torch.equal(p[:, GIVEN], p[:, BOX]) for p in boxes)
 
 
 def test_a_class_has_an_embedding_of_its_own(scene):
