@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from instseg.training.optimizer import build_optimizer, set_learning_rate, take_
 
 WITH_HEAD = ModelConfig(detection_head=True)
 STEPS = 40  # per epoch
-RATES = {"learning_rate_crf": 0.5, "learning_rate_compatibility": 0.25, "learning_rate_head": 0.125}
+RATES: dict[str, Any] = {"learning_rate_crf": 0.5, "learning_rate_compatibility": 0.25, "learning_rate_head": 0.125}
 
 
 def trained(**changes) -> tuple[InstanceNetwork, torch.optim.Adam, TrainConfig]:
