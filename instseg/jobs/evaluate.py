@@ -70,9 +70,12 @@ def build_network(config: AblateConfig, dataset: PreparedDataset) -> InstanceNet
 
     Raises:
         FileNotFoundError: If there is no checkpoint.
-        ValueError: If it does not fit the data or the model, or `config.model` has initial weights other than its.
+        ValueError: If it does not fit the data or the model, `config.model` has initial weights other than its, or a
+            detection head without a checkpoint.
     """
     if config.checkpoint is None:
+        if config.model is not None and config.model.detection_head:
+            raise ValueError("model.detection_head: expected False without a checkpoint, as it has no hand-set weights")
         return InstanceNetwork(config.model or ModelConfig(), dataset.num_labels)
     checkpoint = find_checkpoint(Path(config.checkpoint))
     check_classes(checkpoint, dataset.classes)
