@@ -115,7 +115,7 @@ class _Evaluator:
         logits = network.semantic_logits(sample)
         if oracle is not None:
             sample = replace(sample, logits=logits.cpu().numpy())
-            if oracle in AFTER_THE_HEAD:
+            if ablation.detection_head and oracle in AFTER_THE_HEAD:
                 sample, ablation = network.as_given(sample, logits), replace(ablation, detection_head=False)
             sample = oracle(sample)
             logits = torch.from_numpy(sample.logits).to(logits)

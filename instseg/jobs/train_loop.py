@@ -32,7 +32,7 @@ from instseg.models.checkpoint import (
 )
 from instseg.models.network import InstanceNetwork
 from instseg.structures import Sample
-from instseg.training.detections import detection_loss, jitter_boxes
+from instseg.training.detection_loss import detection_loss, jitter_boxes
 from instseg.training.losses import instance_loss, semantic_loss
 from instseg.training.optimizer import (
     build_optimizer,
@@ -75,10 +75,11 @@ class Objective(nn.Module):
         return total + 0 * torch.stack([p.sum() for p in self.network.parameters()]).sum(), losses
 
     def _head_loss(self, sample: Sample) -> dict[str, Tensor]:
-        logits, matches = self.network.semantic_logits(sample), _matches(sample)
+        with torch.no_grad():  # the semantic network's rate is 0 in these epochs
+            logits = self.network.semantic_logits(sample)
+        matches = _matches(sample)
         jittered = replace(sample, detections=jitter_boxes(sample.detections, *sample.image.shape[:2]))
-        seen = self.network.detections(jittered, logits, learned=matches >= 0).seen
-        assert seen is not None  # for type checkers: only a network with a detection head has such epochs
+        seen = self.network.see_detections(jittered, logits, matches >= 0)
         return {"detection_loss": detection_loss(seen, jittered.detections, matches, sample.known_instances)}
 
     def _losses(self, sample: Sample) -> dict[str, Tensor]:

@@ -20,7 +20,9 @@ OF_OTHERS = 5  # the greatest of the other classes' probabilities
 BOX = 6  # 1 inside
 RIVALS = 7  # 1 inside a box of the same class with a higher score
 GIVEN = 8  # the foreground that came with the detection, such as GrabCut's; the box where none did
-NUM_PLANES = 11  # the last two: |x| and y, where the box has -1..1; a mirrored crop has the same
+ACROSS = 9  # |x|, where the box has -1..1; a mirrored crop has the same
+DOWN = 10  # y, where the box has -1..1
+NUM_PLANES = 11
 
 
 def crop_planes(
@@ -36,9 +38,9 @@ def crop_planes(
     if len(detections) == 0:
         return image.new_zeros(0, NUM_PLANES, SIZE, SIZE)
     labels = torch.from_numpy(detections.labels).to(image.device)[:, None, None, None].expand(-1, 1, SIZE, SIZE)
-    everything = torch.cat([(image.permute(2, 0, 1) / 255 - 0.45) / 0.25, probabilities])
+    channels = torch.cat([(image.permute(2, 0, 1) / 255 - 0.45) / 0.25, probabilities])
     cuts = windows(detections, *image.shape[:2])
-    crops = torch.stack([to_grid(everything[:, y, x]) for y, x in cuts])
+    crops = torch.stack([to_grid(channels[:, y, x]) for y, x in cuts])
     classes = crops[:, 3:]
     others = classes[:, 1:].scatter(1, labels - 1, 0.0).amax(1, keepdim=True)
     geometry = torch.from_numpy(_geometry(detections, *image.shape[:2])).to(crops)
@@ -83,10 +85,10 @@ def _geometry(detections: Detections, height: int, width: int) -> np.ndarray:
         same_class = detections.labels == detections.labels[index]
         better = same_class & (detections.scores > detections.scores[index])
         planes[index, 0] = _inside(detections.boxes[index], rows, columns)
-        planes[index, 1] = np.any([_inside(box, rows, columns) for box in detections.boxes[better]], axis=0)
-        planes[index, 2] = planes[index, 0]
-        planes[index, 3] = np.abs(2 * columns - x0 - x1) / (x1 - x0)
-        planes[index, 4] = ((2 * rows - y0 - y1) / (y1 - y0))[:, None]
+        planes[index, RIVALS - BOX] = np.any([_inside(box, rows, columns) for box in detections.boxes[better]], axis=0)
+        planes[index, GIVEN - BOX] = planes[index, 0]
+        planes[index, ACROSS - BOX] = np.abs(2 * columns - x0 - x1) / (x1 - x0)
+        planes[index, DOWN - BOX] = ((2 * rows - y0 - y1) / (y1 - y0))[:, None]
     return planes
 
 

@@ -9,8 +9,8 @@ from torch.nn.functional import interpolate, max_pool2d
 from instseg.models.crops import BOX, COLOURS, GIVEN, NUM_PLANES
 from instseg.shapes import Float, Int
 
-_WIDTH = 16  # channels at the crop's own resolution
-_JITTER = 0.2  # in training, the standard deviation of a shift of each colour, in those of natural images
+_WIDTH = 16  # channels
+_COLOUR_JITTER = 0.2  # in training, the standard deviation of a shift of each colour, in those of natural images
 _WITHHELD = 0.3  # how often what was given is withheld in training, so that the network can do without
 
 
@@ -25,7 +25,7 @@ class ForegroundNetwork(nn.Module):
 
     def __init__(self, num_labels: int) -> None:
         super().__init__()
-        width = _WIDTH
+        width = _WIDTH  # at the crop's own resolution
         self.down = nn.ModuleList([_block(NUM_PLANES, width), _block(width, 2 * width), _block(2 * width, 4 * width)])
         self.bottom = _block(4 * width, 4 * width)
         self.of_class = nn.Embedding(num_labels, 4 * width)
@@ -40,8 +40,8 @@ class ForegroundNetwork(nn.Module):
         planes = planes.contiguous(memory_format=torch.channels_last)  # a third faster on CPUs
         if not self.training:
             return (self._logits(planes, labels) + self._mirrored_logits(planes, labels)) / 2
-        planes = planes.clone()
-        planes[:, COLOURS] += _JITTER * torch.randn(len(planes), 3, 1, 1).to(planes)
+        planes = planes.clone()  # the caller's may be this very tensor
+        planes[:, COLOURS] += _COLOUR_JITTER * torch.randn(len(planes), 3, 1, 1).to(planes)
         if torch.rand(()) < _WITHHELD:
             planes[:, GIVEN] = planes[:, BOX]
         return self._mirrored_logits(planes, labels) if torch.rand(()) < 0.5 else self._logits(planes, labels)

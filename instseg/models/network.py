@@ -18,7 +18,7 @@ from instseg.crf.identify import assign_naively, identify, identify_by_foregroun
 from instseg.crf.instance import InstanceCRF
 from instseg.crf.pairwise import Kernels, build_kernels
 from instseg.models.checkpoint import Checkpoint, find_checkpoint, from_json
-from instseg.models.detections import DetectionHead, DetectionTensors
+from instseg.models.detection_head import DetectionHead, DetectionTensors, SeenDetections
 from instseg.models.semantic import build_semantic
 from instseg.shapes import Float
 from instseg.structures import InstanceMap, Sample
@@ -152,20 +152,13 @@ class InstanceNetwork(nn.Module):
             instance_log_q.T.unflatten(1, (height, width)),
         )
 
-    def detections(
-        self,
-        sample: Sample,
-        logits: Float[Tensor, "L H W"],
-        ablation: Ablation = FULL,
-        learned: np.ndarray | None = None,
-    ) -> DetectionTensors:
+    def detections(self, sample: Sample, logits: Float[Tensor, "L H W"], ablation: Ablation = FULL) -> DetectionTensors:
         """The sample's detections with what takes part of them: of the detection head, else of the sample.
 
         Args:
             sample: The image and its detections.
             logits: (L, H, W), `semantic_logits`.
             ablation: What takes part.
-            learned: As of `DetectionHead`.
 
         Raises:
             ValueError: If they do not fit the image or the label set.
@@ -175,7 +168,7 @@ class InstanceNetwork(nn.Module):
         given.check_image(height, width, self.num_labels)
         seen = foregrounds = None
         if ablation.detection_potentials and ablation.detection_head and self.detection_head is not None:
-            seen = self.detection_head(self._tensor(sample.image), logits, given, learned)
+            seen = self.see_detections(sample, logits)
             foregrounds = seen.foregrounds(given, height, width)
         elif ablation.detection_potentials and given.foregrounds is not None:
             foregrounds = self._tensor(given.foregrounds).flatten(1)
@@ -186,6 +179,23 @@ class InstanceNetwork(nn.Module):
             foregrounds=foregrounds,
             seen=seen,
         )
+
+    def see_detections(
+        self, sample: Sample, logits: Float[Tensor, "L H W"], with_gradient: np.ndarray | None = None
+    ) -> SeenDetections:
+        """What the detection head makes of the sample's detections.
+
+        Args:
+            sample: The image and its detections.
+            logits: (L, H, W), `semantic_logits`.
+            with_gradient: As of `DetectionHead`.
+
+        Raises:
+            ValueError: If the network has none.
+        """
+        if self.detection_head is None:
+            raise ValueError("detection_head: expected a network with one, got one without")
+        return self.detection_head(self._tensor(sample.image), logits, sample.detections, with_gradient)
 
     @torch.no_grad()
     def as_given(self, sample: Sample, logits: Float[Tensor, "L H W"]) -> Sample:

@@ -14,7 +14,7 @@ _STD = (0.229, 0.224, 0.225)
 
 
 class SemanticNetwork(nn.Module):
-    """A fully convolutional network on one image, with the project's one image normalisation before it.
+    """A fully convolutional network on one image, with ImageNet's normalisation before it.
 
     Args:
         body: Maps a normalised batch (B, 3, H, W) float32 to logits (B, L, H, W).

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from instseg.models.crops import SIZE
-from instseg.models.detections import DetectionHead, SeenDetections
+from instseg.models.detection_head import DetectionHead, SeenDetections
 from instseg.structures import Detections
-from instseg.training.detections import detection_loss, jitter_boxes
+from instseg.training.detection_loss import detection_loss, jitter_boxes
 from tests.models.test_network import detections_of
 
 WIDTH = 80

@@ -9,7 +9,7 @@ from torch.nn.functional import mse_loss
 
 from instseg.models import foreground as module
 from instseg.models.crops import BOX, GIVEN, NUM_PLANES, OF_BACKGROUND, OF_CLASS, OF_OTHERS, RIVALS, SIZE, crop_planes
-from instseg.models.detections import DetectionHead
+from instseg.models.detection_head import DetectionHead
 from instseg.models.foreground import ForegroundNetwork
 from instseg.models.validity import ValidityPrior, _agreement
 from instseg.structures import Detections
@@ -62,7 +62,7 @@ def test_training_sees_one_of_two_mirror_images_and_evaluation_their_mean(scene,
     planes = crop_planes(scene[0], scene[1].softmax(0), found(*ROWS))
     first, second = network._logits(planes, labels), network._logits(planes.flip(3), labels).flip(2)
     torch.testing.assert_close(network.eval()(planes, labels), (first + second) / 2, atol=1e-5, rtol=1e-4)
-    monkeypatch.setattr(module, "_JITTER", 0.0)
+    monkeypatch.setattr(module, "_COLOUR_JITTER", 0.0)
     network.train()
     torch.manual_seed(0)
     seen = [min((first, second), key=lambda one: mse_loss(network(planes, labels), one)) for _ in range(12)]

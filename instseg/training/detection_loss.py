@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from instseg.models.crops import to_grid, windows
-from instseg.models.detections import SeenDetections
+from instseg.models.detection_head import SeenDetections
 from instseg.shapes import Bool, Float, Int
 from instseg.structures import Detections
 
-_JITTER = 0.1  # of a box's sides, by which each of its edges moves
+_BOX_JITTER = 0.1  # of a box's sides, by which each of its edges moves
 _PRIOR_WEIGHT = 0.3  # of the priors' nats beside those of the foregrounds
 
 
@@ -53,7 +53,7 @@ def jitter_boxes(detections: Detections, height: int, width: int) -> Detections:
     Draws from torch's generator.
     """
     sides = detections.boxes[:, 2:] - detections.boxes[:, :2]
-    moved = detections.boxes + _JITTER * np.tile(sides, 2) * (2 * torch.rand(len(detections), 4).numpy() - 1)
+    moved = detections.boxes + _BOX_JITTER * np.tile(sides, 2) * (2 * torch.rand(len(detections), 4).numpy() - 1)
     # An edge moves by less than half a side, so boxes inside the image keep an area there.
     boxes = np.clip(moved, 0, np.array([width, height, width, height], np.float32))
     return replace(detections, boxes=boxes)

@@ -71,7 +71,7 @@ class DetectionHead(nn.Module):
         image: Float[Tensor, "H W 3"],
         logits: Float[Tensor, "L H W"],
         detections: Detections,
-        learned: Bool[np.ndarray, " D"] | None = None,
+        with_gradient: Bool[np.ndarray, " D"] | None = None,
     ) -> SeenDetections:
         """Look at each detection.
 
@@ -79,22 +79,22 @@ class DetectionHead(nn.Module):
             image: RGB 0..255.
             logits: Of the classes, before the CRF.
             detections: D detections inside the image.
-            learned: Whose foregrounds have gradients, which take two thirds of the time; default: all.
+            with_gradient: Whose foregrounds have gradients, which take two thirds of the time; default: all.
         """
         labels = torch.from_numpy(detections.labels).to(image.device)
         scores = torch.from_numpy(detections.scores).to(image)
         planes = crop_planes(image, logits.softmax(0), detections)
-        mask_logits = self._mask_logits(planes, labels, learned)
+        mask_logits = self._mask_logits(planes, labels, with_gradient)
         # A prior that could move F_d would make masks that look right, not right ones.
         prior = self.validity(planes, mask_logits.detach().sigmoid(), labels, scores)
         return SeenDetections(mask_logits, prior)
 
     def _mask_logits(
-        self, planes: Float[Tensor, "D planes size size"], labels: Int[Tensor, " D"], learned: np.ndarray | None
+        self, planes: Float[Tensor, "D planes size size"], labels: Int[Tensor, " D"], with_gradient: np.ndarray | None
     ) -> Float[Tensor, "D size size"]:
-        if learned is None:
+        if with_gradient is None:
             return self.foreground(planes, labels)
-        chosen = torch.from_numpy(learned).to(planes.device)
+        chosen = torch.from_numpy(with_gradient).to(planes.device)
         with torch.no_grad():
             rest = self.foreground(planes[~chosen], labels[~chosen])
         logits = rest.new_empty(len(planes), SIZE, SIZE)
