@@ -6,7 +6,8 @@ The model, paper symbol by module:
     psi_P(x_i, x_j)       dense pairwise term              crf/pairwise.py, lattice/
     psi_d(x_d, y_d), Y_d  detection potential, validity    crf/detection.py
     E(x, y)               higher-order CRF, Eq. 3          crf/higher_order.py
-    F_d                   GrabCut foreground               data/foreground.py
+    F_d                   foreground: GrabCut, learned     data/foreground.py, models/foreground.py
+    psi_U(y_d)            the detector's score, learned    crf/detection.py, models/validity.py
     Q, Pr(Y)              mean-field marginals             crf/mean_field.py
     Pr(v_i = k)           identification, Eq. 4            crf/identify.py
     E(v)                  instance CRF, Eq. 5              crf/instance.py

@@ -195,7 +195,7 @@ class TrainConfig(_Checked):
 
 @dataclass(frozen=True)
 class AblateConfig(_Checked):
-    """workflows/ablate.py: the rows of the paper's Table 1, and two below them."""
+    """workflows/ablate.py: the rows of the paper's Table 1, two below them, and what the detection head brings."""
 
     data: str
     out: str  # report directory

@@ -131,7 +131,8 @@ def record_of(network: InstanceNetwork, dataset: PreparedDataset, index: int, ab
     with torch.inference_mode():
         output = network(dataset[index], ablation)
     before = output.semantic_logits.argmax(0).numpy()
-    return image_record(dataset[index], network.instance_map(output, ablation), before, dataset.num_labels)
+    predicted, validity = network.instance_map(output, ablation), output.validity.numpy()
+    return image_record(dataset[index], predicted, before, dataset.num_labels, validity)
 
 
 def check_tracking(config: TrainConfig) -> None:
