@@ -72,7 +72,10 @@ class Objective(nn.Module):
         weights = {"semantic_loss": self.config.semantic_loss_weight, "instance_loss": self.config.instance_loss_weight}
         total = torch.stack([weights.get(name, 1.0) * loss for name, loss in losses.items()]).sum()
         # What an ablation or the first epochs leave out is not in the graph; DDP waits for every parameter's gradient.
-        return total + 0 * torch.stack([p.sum() for p in self.network.parameters()]).sum(), losses
+        # A semantic network is in it after them, and too large to be summed at each step for nothing.
+        network = self.network
+        absent = network.parameters() if head_only else (*network.crf_parameters(), *network.head_parameters())
+        return total + 0 * torch.stack([p.sum() for p in absent]).sum(), losses
 
     def _head_loss(self, sample: Sample) -> dict[str, Tensor]:
         with torch.no_grad():  # the semantic network's rate is 0 in these epochs
