@@ -10,6 +10,7 @@ import jaxtyping
 import pytest
 
 from instseg.data.synthetic import write_synthetic_devkit
+from tests.s3 import S3, running_s3
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # 30 by default: too short on a busy machine
@@ -28,6 +29,13 @@ def shared_data() -> Path:
 def without_shape_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As users run it: a wrong argument meets the package's own errors, not those of the annotations."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """An S3 server, shared by the tests of one session; each takes a bucket or a prefix of its own."""
+    with running_s3() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ MODULES = sorted((REPOSITORY / "instseg").rglob("*.py"))
 # What each part may import of the others. Every file of the package is in one of them.
 LAYERS = {
     "checks.py": set(),
+    "storage.py": set(),
     "shapes.py": set(),
     "structures.py": {"checks"},
     "config.py": {"checks"},
@@ -23,12 +24,12 @@ LAYERS = {
     "__init__.py": {"config", "structures", "crf", "models"},  # the public names
     "lattice": {"checks", "shapes", "config"},
     "crf": {"checks", "shapes", "config", "lattice"},
-    "data": {"config", "structures"},
-    "models": {"checks", "shapes", "config", "structures", "crf", "data"},
+    "data": {"storage", "config", "structures"},
+    "models": {"checks", "shapes", "storage", "config", "structures", "crf", "data"},
     "training": {"checks", "shapes", "config", "structures", "crf", "models", "evaluation"},
-    "evaluation": {"checks", "shapes", "config", "structures"},
-    "report": {"config", "structures", "evaluation"},
-    "jobs": {"config", "structures", "recipes", "crf", "data", "models", "training", "evaluation", "report"},
+    "evaluation": {"checks", "shapes", "storage", "config", "structures"},
+    "report": {"storage", "config", "structures", "evaluation"},
+    "jobs": {"storage", "config", "structures", "recipes", "crf", "data", "models", "training", "evaluation", "report"},
 }
 PLACES = {"ray": "jobs/", "mlflow": "jobs/", "cv2": "data/"}
 

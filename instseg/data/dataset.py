@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
-from pathlib import Path
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from instseg.data.files import read_json, sha256_of
+from instseg.data.files import digest, read_json, sha256_of
 from instseg.data.schema import FORMAT_VERSION, decode_row
+from instseg.storage import Place, StorageError, StoragePath
 from instseg.structures import Sample
 
 MANIFEST = "manifest.json"
+_NUM_READERS = 2  # threads; decoding holds the interpreter, so more would only share it
 _ADVICE = "run workflows/prepare.py again with the same options and --out to make it anew"
 
 
 class PreparedDataset:
     """The samples of a data directory, sorted by image id.
 
-    Every byte of a sample is one that prepare wrote: each process compares a shard's hash with the manifest's before
-    it reads its first row, and each read checks the checksums of the row's pages.
+    Every byte of a sample is one that prepare wrote: each read checks the checksums of the row's pages. Of a shard on
+    disk, each process also compares the hash with the manifest's before it reads the first row; in an object store,
+    that would be to fetch all of every shard for a row of each, so there `verify` alone does it.
 
     Holds no open file and no row, so it is cheap to send to another process.
 
     Attributes:
+        root: Where it lies.
         manifest: What prepare recorded: shards, classes, settings, versions.
         classes: Class names, [0] is "background".
         num_labels: L = K + 1.
@@ -37,17 +43,24 @@ class PreparedDataset:
         ValueError: If the manifest is damaged, or a shard has another size.
     """
 
-    def __init__(self, root: str) -> None:
-        self.root = Path(root)
+    def __init__(self, root: Place) -> None:
+        self.root = StoragePath.of(root)
         self.manifest = read_manifest(self.root)
         self.classes: tuple[str, ...] = tuple(self.manifest["classes"])
         self.num_labels = len(self.classes)
         self._shards: dict[str, dict[str, Any]] = {shard["file"]: shard for shard in self.manifest["shards"]}
+        sizes = self.root.files()
         for file in self._shards:
-            self._check_size(file)
+            self._check_size(file, sizes.get(file))
         self._rows = [(file, row) for file, shard in self._shards.items() for row in range(len(shard["image_ids"]))]
         self.image_ids: tuple[str, ...] = tuple(i for shard in self._shards.values() for i in shard["image_ids"])
         self._verified: set[str] = set()
+        self._footers: dict[str, pq.FileMetaData] = {}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what all the samples are: equal for two directories with the same content."""
+        return digest([self.manifest["classes"], [[s["file"], s["sha256"]] for s in self.manifest["shards"]]])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -60,10 +73,12 @@ class PreparedDataset:
             ValueError: If its shard is damaged; names it.
         """
         file, row = self._rows[index]
-        self._verify(file)
+        if self.root.local is not None:
+            self._verify(file)
         try:
-            with pq.ParquetFile(self.root / file, page_checksum_verification=True) as shard:
-                sample = decode_row(shard.read_row_group(row).to_pylist()[0])
+            sample = decode_row(self._read(file, row))
+        except StorageError:
+            raise
         except Exception as error:  # a damaged page can make pyarrow raise nearly anything
             raise self._damaged(file, f"row {row} cannot be read: {' '.join(str(error).split())}") from error
         if sample.image_id != self.image_ids[index]:
@@ -71,7 +86,7 @@ class PreparedDataset:
         return sample
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_verified": set()}  # another process may see other bytes
+        return self.__dict__ | {"_verified": set(), "_footers": {}}  # another process may see other bytes
 
     def subset(self, indices: Iterable[int]) -> PreparedDataset:
         """The samples at `indices`, in their order, as a data set of its own that reads the same shards."""
@@ -90,27 +105,50 @@ class PreparedDataset:
         for file in self._shards:
             self._verify(file)
 
+    def _read(self, file: str, row: int) -> dict[str, Any]:
+        """In a store one request for the row, after two for the footer of a shard that is new to this process."""
+        with (
+            (self.root / file).open() as source,
+            pq.ParquetFile(
+                source, metadata=self._footers.get(file), page_checksum_verification=True, pre_buffer=True
+            ) as shard,
+        ):
+            self._footers[file] = shard.metadata
+            return shard.read_row_group(row).to_pylist()[0]
+
     def _verify(self, file: str) -> None:
         if file in self._verified:
             return
-        self._check_size(file)
+        self._check_size(file, (self.root / file).size())
         expected, got = self._shards[file]["sha256"], sha256_of(self.root / file)
         if got != expected:
             raise self._damaged(file, f"expected SHA-256 {expected}, got {got}")
         self._verified.add(file)
 
-    def _check_size(self, file: str) -> None:
-        path, expected = self.root / file, self._shards[file]["num_bytes"]
-        if not path.is_file():
+    def _check_size(self, file: str, size: int | None) -> None:
+        expected = self._shards[file]["num_bytes"]
+        if size is None:
             raise FileNotFoundError(f"data directory {self.root}: shard {file} is missing; {_ADVICE}")
-        if path.stat().st_size != expected:
-            raise self._damaged(file, f"expected {expected} bytes, got {path.stat().st_size}")
+        if size != expected:
+            raise self._damaged(file, f"expected {expected} bytes, got {size}")
 
     def _damaged(self, file: str, reason: str) -> ValueError:
         return ValueError(f"data directory {self.root}: shard {file} is damaged: {reason}; {_ADVICE}")
 
 
-def read_manifest(root: Path) -> dict[str, Any]:
+def read_ahead(dataset: PreparedDataset, indices: Sequence[int], num_ahead: int = 8) -> Generator[Sample]:
+    """The samples at `indices`, in their order, of which the next `num_ahead` are read while one is worked on."""
+    ahead = deque[Future[Sample]]()
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        ahead.extend(pool.submit(dataset.__getitem__, index) for index in indices[:num_ahead])
+        left = iter(indices[num_ahead:])
+        while ahead:
+            sample = ahead.popleft().result()
+            ahead.extend(pool.submit(dataset.__getitem__, index) for index in islice(left, 1))
+            yield sample
+
+
+def read_manifest(root: StoragePath) -> dict[str, Any]:
     """The manifest of a data directory.
 
     Raises:
@@ -118,9 +156,11 @@ def read_manifest(root: Path) -> dict[str, Any]:
         ValueError: If it is damaged or of another format.
     """
     path = root / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(f"data directory {root}: no {MANIFEST} in it; run workflows/prepare.py first")
-    version = _format_of(path)
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"data directory {root}: no {MANIFEST} in it; run workflows/prepare.py first") from None
+    version = _format_of(path, content)
     if version != FORMAT_VERSION:
         advice = "prepare into another directory"
         raise ValueError(f"{path}: expected data format {FORMAT_VERSION}, got {version}; {advice}")
@@ -130,13 +170,13 @@ def read_manifest(root: Path) -> dict[str, Any]:
         raise _damaged_manifest(path) from None
 
 
-def _format_of(path: Path) -> object:
+def _format_of(path: StoragePath, content: bytes) -> object:
     """The one entry whose place is the same in all formats."""
     try:
-        return json.loads(path.read_bytes())["versions"]["format"]
+        return json.loads(content)["versions"]["format"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise _damaged_manifest(path) from None
 
 
-def _damaged_manifest(path: Path) -> ValueError:
+def _damaged_manifest(path: StoragePath) -> ValueError:
     return ValueError(f"{path}: damaged; delete it and run workflows/prepare.py again")

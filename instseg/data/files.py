@@ -1,40 +1,24 @@
-"""Files that appear whole or not at all, their hashes, and JSON that tells when it was damaged."""
+"""Hashes of files, and JSON that tells when it was damaged."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+from instseg.storage import Place, StoragePath
+
 _SEAL = "sha256_of_the_rest"
+_CHUNK = 1 << 24
 
 
-@contextmanager
-def published(path: Path) -> Iterator[Path]:
-    """A temporary file to write, which becomes `path` at the end: readers find all of it or nothing.
-
-    Raises:
-        OSError: If it cannot be written, such as on a full disk; names the folder.
-    """
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OSError(error.errno, reason, str(path.parent)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sha256_of(path: Path) -> str:
+def sha256_of(place: Place) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = hashlib.sha256()
+    with StoragePath.of(place).open() as file:
+        while chunk := file.read(_CHUNK):
+            sha256.update(chunk)
+    return sha256.hexdigest()
 
 
 def digest(value: object) -> str:
@@ -42,24 +26,25 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def write_json(path: Path, record: dict[str, Any]) -> None:
+def write_json(place: Place, record: dict[str, Any]) -> None:
     """Write a record of JSON values and its digest."""
-    with published(path) as temporary:
-        temporary.write_text(json.dumps(record | {_SEAL: digest(record)}, indent=1) + "\n")
+    text = json.dumps(record | {_SEAL: digest(record)}, indent=1) + "\n"
+    StoragePath.of(place).publish(text.encode())
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(place: Place) -> dict[str, Any]:
     """The record that `write_json` wrote.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If a value in it is not what was written.
     """
+    content = StoragePath.of(place).read_bytes()
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(content)
         intact = record.pop(_SEAL) == digest(record)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         intact, record = False, {}
     if not intact:
-        raise ValueError(f"{path}: damaged")
+        raise ValueError(f"{place}: damaged")
     return record

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from instseg.config import PrepareConfig
@@ -14,8 +13,11 @@ from instseg.data.files import digest, sha256_of, write_json
 from instseg.data.schema import FORMAT_VERSION
 from instseg.data.shards import ShardReport
 from instseg.data.voc import VocDevkit
+from instseg.storage import StorageError, StoragePath
 
 _PACKAGES = {"opencv": "opencv-python-headless", "pyarrow": "pyarrow", "numpy": "numpy", "pillow": "pillow"}
+
+_NUM_READERS = 32  # a store, or a disk across a network, answers many at once
 
 
 def collect_settings(
@@ -34,7 +36,7 @@ def collect_settings(
         "shard_size": config.shard_size,
         "image_ids": digest(image_ids),
         "images": _digest_files(path for image_id in image_ids for path in devkit.files(image_id)),
-        "detections": sha256_of(Path(config.detections)),
+        "detections": sha256_of(config.detections),
         "logits": _digest_logits(config.logits, image_ids),
     }
 
@@ -42,20 +44,22 @@ def collect_settings(
 def _digest_logits(folder: str | None, image_ids: list[str]) -> str | None:
     if folder is None:
         return None
-    if not Path(folder).is_dir():
+    if not (root := StoragePath.of(folder)).is_folder():
         raise FileNotFoundError(f"logits {folder}: no such folder")
-    return _digest_files(Path(folder) / f"{image_id}.npz" for image_id in image_ids)
+    return _digest_files(root / f"{image_id}.npz" for image_id in image_ids)
 
 
-def _digest_files(paths: Iterable[Path]) -> str:
-    with ThreadPoolExecutor() as pool:  # a disk across a network answers many at once
+def _digest_files(paths: Iterable[StoragePath]) -> str:
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
         return digest(list(pool.map(_digest_file, paths)))
 
 
-def _digest_file(path: Path) -> str | None:
+def _digest_file(path: StoragePath) -> str | None:
     """None where the file is missing or cannot be read, which its image's task will report."""
     try:
         return sha256_of(path)
+    except StorageError:
+        raise
     except OSError:
         return None
 
@@ -65,13 +69,13 @@ def collect_versions() -> dict[str, Any]:
     return {"format": FORMAT_VERSION} | {name: version(package) for name, package in _PACKAGES.items()}
 
 
-def has_manifest(out: Path, settings: dict[str, Any]) -> bool:
+def has_manifest(out: StoragePath, settings: dict[str, Any]) -> bool:
     """Whether `out` has the manifest of a data set with these settings.
 
     Raises:
         ValueError: If it has one of other settings, or a damaged one.
     """
-    if not (out / MANIFEST).exists():
+    if (out / MANIFEST).size() is None:
         return False
     there = read_manifest(out)["settings"]
     differing = [
@@ -83,7 +87,9 @@ def has_manifest(out: Path, settings: dict[str, Any]) -> bool:
     return True
 
 
-def write_manifest(out: Path, settings: dict[str, Any], reports: list[ShardReport], num_quarantined: int) -> None:
+def write_manifest(
+    out: StoragePath, settings: dict[str, Any], reports: list[ShardReport], num_quarantined: int
+) -> None:
     """Write the manifest, which makes the data set complete."""
     manifest = {
         "source": "voc",

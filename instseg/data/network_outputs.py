@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any, TypeGuard
 
 import numpy as np
 
 from instseg.data.quarantine import CorruptItemError, QuarantineRow, blame
+from instseg.storage import Place, StoragePath
 from instseg.structures import Detections
 
 _MAX_LOGITS_BYTES = 1 << 30  # far above any network's output; a header may claim anything
@@ -27,7 +28,7 @@ class DetectionRecord:
     entry: dict[str, Any]
 
 
-def read_detections(path: str) -> tuple[dict[str, list[DetectionRecord]], list[QuarantineRow]]:
+def read_detections(path: Place) -> tuple[dict[str, list[DetectionRecord]], list[QuarantineRow]]:
     """Read COCO results `[{image_id, category_id 1..K, bbox [x, y, w, h], score}, ...]`.
 
     Returns:
@@ -37,11 +38,11 @@ def read_detections(path: str) -> tuple[dict[str, list[DetectionRecord]], list[Q
         FileNotFoundError: If there is no such file.
         ValueError: If it is not JSON, or not a list.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"detections {path}: no such file")
+    file = StoragePath.of(path)
     try:
-        entries = json.loads(file.read_bytes(), parse_int=_parse_int)
+        entries = parse_json(file.read_bytes())
+    except (FileNotFoundError, IsADirectoryError):
+        raise FileNotFoundError(f"detections {path}: no such file") from None
     except ValueError as error:
         raise ValueError(f"detections {path}: not a JSON file: {error}") from None
     except RecursionError:
@@ -58,6 +59,11 @@ def read_detections(path: str) -> tuple[dict[str, list[DetectionRecord]], list[Q
         else:
             rows.append(QuarantineRow("", name, "expected an object with an image_id"))
     return records, rows
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Any JSON, numbers of thousands of digits as infinity. Raises ValueError or RecursionError."""
+    return json.loads(text, parse_int=_parse_int)
 
 
 def _parse_int(digits: str) -> int | float:
@@ -119,14 +125,14 @@ def _clip(bbox: list[float], size: tuple[int, int]) -> list[float]:
     return box
 
 
-def read_logits(folder: str, image_id: str, num_labels: int) -> np.ndarray:
+def read_logits(folder: Place, image_id: str, num_labels: int) -> np.ndarray:
     """Read `logits` (L, h, w) of `<image_id>.npz`, at any resolution, as float16.
 
     Raises:
         CorruptItemError: If the file is missing or damaged, L is not `num_labels`, or a value is not finite.
     """
-    path = Path(folder) / f"{image_id}.npz"
-    with blame(image_id, f"{Path(folder).name}/{path.name}"), zipfile.ZipFile(path) as archive:
+    path = StoragePath.of(folder) / f"{image_id}.npz"
+    with blame(image_id, f"{path.parent.name}/{path.name}"), zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
         if "logits.npy" not in archive.namelist():
             raise ValueError("expected an array named 'logits' in it")
         with archive.open("logits.npy") as file:

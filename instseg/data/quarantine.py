@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from instseg.data.files import published
+from instseg.storage import Place, StorageError, StoragePath
 
 NUM_NAMED = 5  # items that a message names; quarantine.parquet has all of them
 _MAX_REASON = 300  # characters: a reason quotes what it got, which may be a number of thousands of digits
@@ -46,7 +45,7 @@ def blame(image_id: str, file: str) -> Iterator[None]:
     """
     try:
         yield
-    except CorruptItemError:
+    except (CorruptItemError, StorageError):  # a store that is down makes no item bad
         raise
     except FileNotFoundError:
         raise CorruptItemError(image_id, file, "file is missing") from None
@@ -58,11 +57,12 @@ def blame(image_id: str, file: str) -> Iterator[None]:
         raise CorruptItemError(image_id, file, f"{type(error).__name__}: {error}") from None
 
 
-def write_quarantine(path: Path, rows: Iterable[QuarantineRow]) -> None:
+def write_quarantine(place: Place, rows: Iterable[QuarantineRow]) -> None:
     """Write the rows, sorted, as a Parquet table of three string columns."""
     values = [{name: _printable(value) for name, value in asdict(row).items()} for row in sorted(rows)]
-    with published(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(values, schema=SCHEMA), temporary, write_page_checksum=True)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(values, schema=SCHEMA), sink, write_page_checksum=True)
+    StoragePath.of(place).publish(sink.getvalue().to_pybytes())
 
 
 def _printable(text: str) -> str:
@@ -70,7 +70,7 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def check_share(rows: list[QuarantineRow], num_images: int, max_quarantined: float, file: Path) -> str | None:
+def check_share(rows: list[QuarantineRow], num_images: int, max_quarantined: float, file: Place) -> str | None:
     """The warning that names what was quarantined, None if nothing was.
 
     Raises:
@@ -88,17 +88,16 @@ def check_share(rows: list[QuarantineRow], num_images: int, max_quarantined: flo
     return f"quarantined {text}; all are in {file}, the first:{named}"
 
 
-def read_quarantine(path: Path) -> list[QuarantineRow]:
+def read_quarantine(place: Place) -> list[QuarantineRow]:
     """The rows that `write_quarantine` wrote.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged.
     """
+    content = StoragePath.of(place).read_bytes()
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
+        table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
         return [QuarantineRow(**row) for row in table.to_pylist()]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
     except (OSError, ValueError, TypeError, pa.ArrowException) as error:
-        raise ValueError(f"{path}: damaged ({' '.join(str(error).split())})") from None
+        raise ValueError(f"{place}: damaged ({' '.join(str(error).split())})") from None

@@ -7,12 +7,12 @@ import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from instseg.data.quarantine import blame
+from instseg.storage import Place, StoragePath
 from instseg.structures import BACKGROUND, IGNORE_LABEL
 
 BACKGROUND_NAME = "background"
@@ -27,7 +27,7 @@ VOID = -1
 class VocDevkit:
     """One VOCyyyy folder. `open_devkit` finds it."""
 
-    root: Path
+    root: StoragePath
 
     def image_ids(self, split: str) -> list[str]:
         """The ids of a split, sorted.
@@ -37,9 +37,9 @@ class VocDevkit:
             ValueError: If the split is not UTF-8, is empty, repeats an id, or has an id that is no plain file name.
         """
         folder = self.root / "ImageSets" / "Segmentation"
-        path = folder / f"{split}.txt"
-        if not path.is_file():
-            found = ", ".join(sorted(file.stem for file in folder.glob("*.txt"))) or "none"
+        path, suffix = folder / f"{split}.txt", ".txt"
+        if path.size() is None:
+            found = ", ".join(name.removesuffix(suffix) for name in folder.files() if name.endswith(suffix)) or "none"
             raise FileNotFoundError(f"split {split!r}: no file {path}; splits that exist: {found}")
         ids = [line.split()[0] for line in read_lines(path)]
         repeated = [image_id for image_id, count in Counter(ids).items() if count > 1]
@@ -51,11 +51,12 @@ class VocDevkit:
 
     def known_ids(self) -> set[str]:
         """The ids of every image in the devkit, whatever its split."""
-        return {path.stem for path in self._path("JPEGImages").glob("*.jpg")}
+        return _stems(self.root / "JPEGImages", ".jpg")
 
     def has_ground_truth(self, image_ids: list[str]) -> bool:
         """Whether any of these images has a mask; if one has, all are expected to."""
-        return any(path.is_file() for image_id in image_ids for path in self.files(image_id)[1:])
+        folders = (self.root / "SegmentationClass", self.root / "SegmentationObject")
+        return any(not _stems(folder, ".png").isdisjoint(image_ids) for folder in folders)
 
     def read_image(self, image_id: str) -> tuple[bytes, np.ndarray]:
         """The file's bytes and its (H, W, 3) uint8 RGB pixels.
@@ -91,35 +92,36 @@ class VocDevkit:
             instances[instances == IGNORE_LABEL] = VOID
             return semantic, instances, instance_classes(semantic, instances)
 
-    def files(self, image_id: str) -> tuple[Path, Path, Path]:
+    def files(self, image_id: str) -> tuple[StoragePath, StoragePath, StoragePath]:
         """Image, class mask, object mask, whether they exist or not."""
         return (
-            self._path("JPEGImages", f"{image_id}.jpg"),
-            self._path("SegmentationClass", f"{image_id}.png"),
-            self._path("SegmentationObject", f"{image_id}.png"),
+            self.root / "JPEGImages" / f"{image_id}.jpg",
+            self.root / "SegmentationClass" / f"{image_id}.png",
+            self.root / "SegmentationObject" / f"{image_id}.png",
         )
 
-    def name(self, path: Path) -> str:
+    def name(self, path: StoragePath) -> str:
         """A file of the devkit relative to its folder."""
-        return path.relative_to(self.root).as_posix()
-
-    def _path(self, *parts: str) -> Path:
-        return self.root.joinpath(*parts)
+        return f"{path.parent.name}/{path.name}"
 
 
-def open_devkit(path: str) -> VocDevkit:
+def _stems(folder: StoragePath, suffix: str) -> set[str]:
+    return {name.removesuffix(suffix) for name in folder.files() if name.endswith(suffix)}
+
+
+def open_devkit(path: Place) -> VocDevkit:
     """The devkit at `path`, which is VOC2012 itself or a folder with exactly one VOCyyyy.
 
     Raises:
         FileNotFoundError: If there is none.
         ValueError: If there are several to choose from.
     """
-    root = Path(path)
-    if not root.is_dir():
+    root = StoragePath.of(path)
+    if not root.is_folder():
         raise FileNotFoundError(f"devkit {path}: no such folder")
-    if (root / "JPEGImages").is_dir():
+    if (root / "JPEGImages").is_folder():
         return VocDevkit(_complete(root))
-    found = sorted(folder for folder in root.glob("VOC*") if folder.is_dir())
+    found = [root / name for name in root.folders() if name.startswith("VOC")]
     if len(found) > 1:
         raise ValueError(f"devkit {path}: name one of {', '.join(str(folder) for folder in found)}")
     if not found:
@@ -127,21 +129,21 @@ def open_devkit(path: str) -> VocDevkit:
     return VocDevkit(_complete(found[0]))
 
 
-def _complete(root: Path) -> Path:
+def _complete(root: StoragePath) -> StoragePath:
     for name in ("JPEGImages", "ImageSets/Segmentation"):
-        if not (root / name).is_dir():
+        if not (root / name).is_folder():
             raise FileNotFoundError(f"devkit {root}: expected the folder {name}/ in it, which is missing")
     return root
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: Place) -> list[str]:
     """The lines of a text file that are not blank, without white space around them.
 
     Raises:
         ValueError: If it is not UTF-8.
     """
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = StoragePath.of(path).read_bytes().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected text in UTF-8, got something else: {error}") from None
     return [line.strip() for line in lines if line.strip()]
@@ -166,7 +168,7 @@ def decode_image(content: bytes) -> Image.Image:
         raise ValueError(f"damaged image: {error}") from None
 
 
-def _read_palette(path: Path, size: tuple[int, int]) -> np.ndarray:
+def _read_palette(path: StoragePath, size: tuple[int, int]) -> np.ndarray:
     image = decode_image(path.read_bytes())
     if image.mode not in ("P", "L"):  # RGB would turn palette indices into colours
         raise ValueError(f"expected an indexed PNG, got mode {image.mode}")

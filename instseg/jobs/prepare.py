@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
-from pathlib import Path
+from dataclasses import asdict
+from typing import Any
 
 from instseg.config import PrepareConfig
 from instseg.data.dataset import MANIFEST, PreparedDataset
@@ -13,11 +15,12 @@ from instseg.data.files import digest
 from instseg.data.manifest import collect_settings, collect_versions, has_manifest, write_manifest
 from instseg.data.network_outputs import DetectionRecord, read_detections
 from instseg.data.quarantine import QuarantineRow, check_share, read_quarantine, write_quarantine
-from instseg.data.shards import ShardPlan, ShardReport, make_shard
-from instseg.data.voc import BACKGROUND_NAME, VOC_CLASSES, VocDevkit, open_devkit, read_lines
+from instseg.data.shards import ShardPlan, ShardReport, ShardTask, make_shard
+from instseg.data.voc import BACKGROUND_NAME, VOC_CLASSES, open_devkit, read_lines
 from instseg.jobs.cluster import cluster
-from instseg.jobs.folder import check_folder
 from instseg.jobs.progress import progress
+from instseg.jobs.roots import check_inputs, check_nodes, check_out
+from instseg.storage import StoragePath
 
 QUARANTINE = "quarantine.parquet"
 
@@ -27,17 +30,17 @@ def prepare(config: PrepareConfig) -> PreparedDataset:
 
     Its bytes depend on the content of the inputs and the settings alone, not on CPUs, paths or interruptions. Uses
     the Ray cluster that this process is connected to, or the one at RAY_ADDRESS, or starts one on this machine for
-    the time of the run; every node must see the inputs and `out`.
+    the time of the run; with several nodes, the roots must be URIs that all of them reach.
 
     Raises:
         FileNotFoundError: If an input is missing.
         ValueError: If an input is malformed as a whole, `out` is or lies under a file or holds other data, or more
             than `max_quarantined` of the images have a bad item.
-        OSError: If `out` cannot be written, such as on a full disk.
+        OSError: If `out` cannot be written, such as on a full disk, or a store cannot be reached.
     """
     start = time.monotonic()
-    check_folder(Path(config.out))
-    out = Path(config.out).resolve()
+    check_inputs(devkit=config.devkit, detections=config.detections, logits=config.logits)
+    out = check_out(config.out)
     devkit = open_devkit(config.devkit)
     image_ids = devkit.image_ids(config.split)
     classes = (BACKGROUND_NAME, *read_classes(config.classes))
@@ -47,28 +50,26 @@ def prepare(config: PrepareConfig) -> PreparedDataset:
     if has_manifest(out, settings) and _is_sound(out):
         print(f"nothing to do: {out} is complete and was prepared with these settings", flush=True)
         _check_quarantine(read_quarantine(out / QUARANTINE), len(image_ids), config.max_quarantined, out)
-        return PreparedDataset(str(out))
+        return PreparedDataset(out)
 
-    starts = range(0, len(image_ids), config.shard_size)
     plan = ShardPlan(
         out=out,
-        devkit=VocDevkit(devkit.root.resolve()),  # workers have another current directory
-        logits=None if config.logits is None else str(Path(config.logits).resolve()),
+        devkit=devkit,
+        logits=None if config.logits is None else StoragePath.of(config.logits),
         classes=classes,
         has_ground_truth=devkit.has_ground_truth(image_ids),
         min_score=config.min_score,
         grabcut_iterations=config.grabcut_iterations,
-        shards=tuple(tuple(image_ids[first : first + config.shard_size]) for first in starts),
-        detections={image_id: records[image_id] for image_id in image_ids if image_id in records},
         digest=digest(settings | collect_versions()),
     )
-    num_kept = _write_shards(plan)
-    reports = [ShardReport.read(plan.file(index)) for index in range(len(plan.shards))]
+    starts = range(0, len(image_ids), config.shard_size)
+    shards = [image_ids[first : first + config.shard_size] for first in starts]
+    reports, num_kept = _write_shards(plan, [ShardTask.of(k, ids, records) for k, ids in enumerate(shards)])
     quarantined = orphans + [row for report in reports for row in report.quarantined]
     write_quarantine(out / QUARANTINE, quarantined)
     _check_quarantine(quarantined, len(image_ids), config.max_quarantined, out)
     write_manifest(out, settings, reports, len(quarantined))
-    dataset = PreparedDataset(str(out))
+    dataset = PreparedDataset(out)
     _summarise(dataset, num_kept, time.monotonic() - start)
     return dataset
 
@@ -82,9 +83,10 @@ def read_classes(path: str | None) -> tuple[str, ...]:
     """
     if path is None:
         return VOC_CLASSES
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"classes {path}: no such file")
-    names = read_lines(Path(path))
+    try:
+        names = read_lines(StoragePath.of(path))
+    except (FileNotFoundError, IsADirectoryError):
+        raise FileNotFoundError(f"classes {path}: no such file") from None
     if not names or len(set(names)) < len(names) or BACKGROUND_NAME in names:
         raise ValueError(f"classes {path}: expected distinct foreground class names, one a line, got {names}")
     return tuple(names)
@@ -96,10 +98,10 @@ def _unknown_images(records: dict[str, list[DetectionRecord]], known: set[str]) 
     return [QuarantineRow(image_id, record.file, reason) for image_id in unknown for record in records[image_id]]
 
 
-def _is_sound(out: Path) -> bool:
+def _is_sound(out: StoragePath) -> bool:
     """Whether every file of a complete run is there, byte by byte; if not, what is damaged will be made again."""
     try:
-        dataset = PreparedDataset(str(out))
+        dataset = PreparedDataset(out)
         dataset.verify()
         expected, got = dataset.manifest["num_quarantined"], len(read_quarantine(out / QUARANTINE))
         if got != expected:
@@ -110,45 +112,51 @@ def _is_sound(out: Path) -> bool:
     return True
 
 
-def _write_shards(plan: ShardPlan) -> int:
-    """One task of one CPU a shard; Ray repeats a task whose worker dies. Returns how many shards were there already."""
+def _write_shards(plan: ShardPlan, tasks: list[ShardTask]) -> tuple[list[ShardReport], int]:
+    """One task of one CPU a shard; Ray repeats a task whose worker dies.
+
+    Returns:
+        What the shards hold, in their order, and how many were there already.
+    """
     import ray.data  # takes seconds, so that --help and a run with nothing to do go without
 
-    plan.out.mkdir(parents=True, exist_ok=True)
-    (plan.out / MANIFEST).unlink(missing_ok=True)
-    indices = [{"shard": index} for index in range(len(plan.shards))]
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    reports: dict[str, ShardReport] = {}
     num_kept = 0
     with cluster():
+        check_nodes(devkit=plan.devkit.root, logits=plan.logits, out=plan.out)
+        (plan.out / MANIFEST).delete()
         ray.data.DataContext.get_current().enable_progress_bars = False  # `progress` reports
-        tasks = ray.data.from_items(indices, override_num_blocks=len(indices)).map(
-            lambda row: _try_shard(plan, row["shard"]), num_cpus=1
-        )
-        for result in progress(tasks.iter_rows(), len(indices), "prepared shards"):
+        rows = ray.data.from_items([asdict(task) for task in tasks], override_num_blocks=len(tasks))
+        results = rows.map(lambda row: _try_shard(plan, ShardTask(**row)), num_cpus=1)
+        for result in progress(results.iter_rows(), len(tasks), "prepared shards"):
             if result["error"]:
                 raise OSError(result["error"])
             num_kept += result["kept"]
-    _remove_leftovers(plan)
-    return num_kept
+            report = ShardReport.of_json(json.loads(result["report"]))
+            reports[report.file] = report
+    _remove_leftovers(plan, tasks)
+    return [reports[task.file] for task in tasks], num_kept
 
 
-def _try_shard(plan: ShardPlan, index: int) -> dict[str, bool | str]:
+def _try_shard(plan: ShardPlan, task: ShardTask) -> dict[str, Any]:
     """A full disk is a result: of an exception, Ray Data would pass on neither the type nor one clear line."""
     try:
-        return {"kept": make_shard(plan, index), "error": ""}
+        report, kept = make_shard(plan, task)
+        return {"report": json.dumps(asdict(report)), "kept": kept, "error": ""}
     except OSError as error:
-        return {"kept": False, "error": str(error)}
+        return {"report": "", "kept": False, "error": str(error)}
 
 
-def _remove_leftovers(plan: ShardPlan) -> None:
+def _remove_leftovers(plan: ShardPlan, tasks: list[ShardTask]) -> None:
     """Remove shards of a run with other settings that never finished, and what killed workers were writing."""
-    names = {plan.file(index).stem for index in range(len(plan.shards))}
-    for path in plan.out.glob("shard-*"):
-        if path.stem not in names or path.suffix not in (".parquet", ".json"):
-            path.unlink()
+    ours = {name for task in tasks for name in (task.file, task.report)}
+    for name in plan.out.files():
+        if name.startswith("shard-") and name not in ours:
+            (plan.out / name).delete()
 
 
-def _check_quarantine(rows: list[QuarantineRow], num_images: int, max_quarantined: float, out: Path) -> None:
+def _check_quarantine(rows: list[QuarantineRow], num_images: int, max_quarantined: float, out: StoragePath) -> None:
     warning = check_share(rows, num_images, max_quarantined, out / QUARANTINE)
     if warning:
         print(f"warning: {warning}", file=sys.stderr, flush=True)

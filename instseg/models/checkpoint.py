@@ -6,17 +6,18 @@ import json
 import logging
 import os
 import re
-import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from instseg.data.files import sha256_of
+from instseg.storage import Place, StoragePath
 
 _Config = TypeVar("_Config")
 FOLDER = "checkpoints"  # inside the run directory
@@ -30,9 +31,9 @@ INITIAL_WEIGHTS = (
     "instance_crf.spatial_weight",
     "instance_crf.bilateral_weight",
 )
-_MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
-_CONFIG, _STATE, _MANIFEST = "config.json", "state.json", "manifest.json"
-_PARTIAL = ".partial"  # suffix of a folder that is being written
+MODEL, CONFIG = "model.safetensors", "config.json"
+_OPTIMIZER, _STATE, _MANIFEST = "optimizer.safetensors", "state.json", "manifest.json"
+_EPOCH = "epoch_"
 
 log = logging.getLogger(__name__)
 
@@ -48,66 +49,96 @@ class Checkpoint:
         state: Counters of the training loop: at least "epoch", the number of finished epochs.
     """
 
-    folder: Path
+    folder: StoragePath
     config: dict[str, Any]
     state: dict[str, Any]
 
     def model(self) -> dict[str, Tensor]:
         """The network's state dict."""
-        return load_file(self.folder / _MODEL)
+        return _load(self.folder / MODEL)
 
     def optimizer(self) -> dict[str, Tensor]:
         """Adam's moments and step counts, "<parameter>.<quantity>"."""
-        return load_file(self.folder / _OPTIMIZER)
+        return _load(self.folder / _OPTIMIZER)
 
 
-def save_checkpoint(
+def write_checkpoint(
     folder: Path,
     model: Mapping[str, Tensor],
     config: Mapping[str, Any],
     optimizer: Mapping[str, Tensor] | None = None,
     state: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint; a process killed at any moment leaves either all of it or nothing under its name.
+    """Write the files of a checkpoint into a folder of this machine, to be published.
 
     Raises:
-        OSError: If it cannot be written, e.g. because the disk is full.
+        OSError: If they cannot be written, e.g. because the disk is full.
     """
-    partial = folder.with_name(folder.name + _PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _write_tensors(partial / _MODEL, model)
-    _write_tensors(partial / _OPTIMIZER, optimizer or {})
-    _write_json(partial / _CONFIG, config)
-    _write_json(partial / _STATE, state or {})
-    _write_json(partial / _MANIFEST, {name: sha256_of(partial / name) for name in _files(partial)})
-    shutil.rmtree(folder, ignore_errors=True)  # a damaged one, instead of which training went on from an older one
-    partial.rename(folder)
+    _write_tensors(folder / MODEL, model)
+    _write_tensors(folder / _OPTIMIZER, optimizer or {})
+    _write_json(folder / CONFIG, config)
+    _write_json(folder / _STATE, state or {})
+    _write_json(folder / _MANIFEST, {name: sha256_of(folder / name) for name in (MODEL, _OPTIMIZER, CONFIG, _STATE)})
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def publish_checkpoint(source: Path, folder: StoragePath) -> None:
+    """Copy what `write_checkpoint` wrote, its manifest last; one that is there, damaged or not, goes first.
+
+    A process killed at any moment leaves all of it, or what is no checkpoint.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    (folder / _MANIFEST).delete()
+    for name in (MODEL, _OPTIMIZER, CONFIG, _STATE, _MANIFEST):
+        (folder / name).publish_file(source / name)
+
+
+def save_checkpoint(
+    folder: Place,
+    model: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    optimizer: Mapping[str, Tensor] | None = None,
+    state: Mapping[str, Any] | None = None,
+) -> None:
+    """Write and publish a checkpoint. Raises OSError if it cannot be written."""
+    with tempfile.TemporaryDirectory() as source:
+        write_checkpoint(Path(source), model, config, optimizer, state)
+        publish_checkpoint(Path(source), StoragePath.of(folder))
+
+
+def prune_checkpoints(run: StoragePath, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints of a run directory, complete or not."""
+    for name in _epochs(run)[:-keep]:
+        (run / FOLDER / name / _MANIFEST).delete()  # so that what is half deleted is no checkpoint
+        (run / FOLDER / name).delete_folder()
+
+
+def read_checkpoint(place: Place) -> Checkpoint:
     """Open a checkpoint.
 
     Raises:
         FileNotFoundError: If it has no manifest, that is, was not finished.
         ValueError: If a file is not what the manifest says.
     """
-    if not (folder / _MANIFEST).is_file():
+    folder = StoragePath.of(place)
+    if (folder / _MANIFEST).size() is None:
         raise FileNotFoundError(f"checkpoint {folder}: no {_MANIFEST} in it; it is incomplete, or no checkpoint")
     for name, digest in _read_json(folder / _MANIFEST).items():
-        if not (folder / name).is_file() or sha256_of(folder / name) != digest:
+        if (folder / name).size() is None or sha256_of(folder / name) != digest:
             raise ValueError(f"checkpoint {folder}: {name} is damaged or missing; use another checkpoint")
-    return Checkpoint(folder, _read_json(folder / _CONFIG), _read_json(folder / _STATE))
+    return Checkpoint(folder, _read_json(folder / CONFIG), _read_json(folder / _STATE))
 
 
-def latest_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest complete and undamaged checkpoint of a run directory, if there is one; warns of newer ones."""
-    for folder in sorted((run / FOLDER).glob("epoch_*"), reverse=True):
-        if folder.suffix == _PARTIAL:
-            continue
+def latest_checkpoint(place: Place) -> Checkpoint | None:
+    """The newest complete and undamaged checkpoint of a run directory, if there is one; warns of damaged ones."""
+    run = StoragePath.of(place)
+    for name in reversed(_epochs(run)):
         try:
-            return read_checkpoint(folder)
-        except (FileNotFoundError, ValueError) as error:
+            return read_checkpoint(run / FOLDER / name)
+        except FileNotFoundError:  # its writer was killed, or has not finished
+            continue
+        except ValueError as error:
             log.warning("%s. It is passed over for the one before it, if there is one", error)
     return None
 
@@ -125,19 +156,25 @@ def check_classes(checkpoint: Checkpoint, classes: Sequence[str]) -> None:
             )
 
 
-def epoch_folder(run: Path, epoch: int) -> Path:
+def epoch_folder(run: Place, epoch: int) -> StoragePath:
     """Where the checkpoint after `epoch` epochs lies."""
-    return run / FOLDER / f"epoch_{epoch:04d}"
+    return StoragePath.of(run) / FOLDER / f"{_EPOCH}{epoch:04d}"
 
 
-def find_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, or the latest one of the run directory `path`.
+def _epochs(run: StoragePath) -> list[str]:
+    """Names of the folders of all checkpoints, oldest first."""
+    return [name for name in (run / FOLDER).folders() if name.startswith(_EPOCH)]
+
+
+def find_checkpoint(place: Place) -> Checkpoint:
+    """The checkpoint at a place, or the latest one of the run directory there.
 
     Raises:
         FileNotFoundError: If there is neither.
-        ValueError: If the checkpoint at `path` is damaged.
+        ValueError: If the checkpoint at that place is damaged.
     """
-    if (path / _MANIFEST).is_file():
+    path = StoragePath.of(place)
+    if (path / _MANIFEST).size() is not None:
         return read_checkpoint(path)
     checkpoint = latest_checkpoint(path)
     if checkpoint is None:
@@ -171,15 +208,15 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
-def _files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+def _load(file: StoragePath) -> dict[str, Tensor]:
+    return load_file(file.local) if file.local is not None else load(file.read_bytes())
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: StoragePath) -> dict[str, Any]:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -11,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from instseg.shapes import Float
+from instseg.storage import Place, StoragePath
 
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 _POOL3, _POOL4 = 17, 24  # number of layers of `features` up to and including those pools
@@ -58,7 +57,7 @@ class FCN8s(nn.Module):
         fused = fused + _crop(self.score_pool3(pool3), _CROP_POOL3, fused.shape[-2:])
         return _crop(_upsample(fused, 8), _CROP_OUTPUT, images.shape[-2:])
 
-    def load_imagenet_weights(self, path: str | Path) -> None:
+    def load_imagenet_weights(self, path: Place) -> None:
         """Start from VGG-16 trained on ImageNet.
 
         Args:
@@ -126,16 +125,17 @@ def _crop(tensor: Tensor, offset: int, size: torch.Size) -> Tensor:
     return tensor[..., offset : offset + size[0], offset : offset + size[1]]
 
 
-def _read(path: str | Path) -> dict[str, Tensor]:
-    if not Path(path).is_file():
+def _read(path: Place) -> dict[str, Tensor]:
+    if StoragePath.of(path).size() is None:
         raise FileNotFoundError(f"semantic_weights: no file {path}; expected VGG-16 as safetensors, or unset")
     try:
-        return load_file(path)
+        with StoragePath.of(path).on_disk() as file:
+            return load_file(file)
     except SafetensorError as error:
         raise ValueError(f"semantic_weights: {path} is no safetensors file ({error})") from error
 
 
-def _copy(tensors: dict[str, Tensor], name: str, target: nn.Parameter, path: str | Path) -> None:
+def _copy(tensors: dict[str, Tensor], name: str, target: nn.Parameter, path: Place) -> None:
     if name not in tensors:
         raise ValueError(f"semantic_weights: {path} has no tensor {name!r} (torchvision's names)")
     if tensors[name].numel() != target.numel():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from instseg.models.checkpoint import Checkpoint, find_checkpoint, from_json
 from instseg.models.detection_head import DetectionHead, DetectionTensors, SeenDetections
 from instseg.models.semantic import build_semantic
 from instseg.shapes import Float
+from instseg.storage import Place
 from instseg.structures import InstanceMap, Sample
 
 _MIN_PRIOR = 1e-6  # as a score, which is greater than 0
@@ -63,11 +63,11 @@ class InstanceNetwork(nn.Module):
         self.instance_crf = InstanceCRF(config.instance_crf)
 
     @staticmethod
-    def load(path: str | Path, config: ModelConfig | None = None, num_labels: int | None = None) -> InstanceNetwork:
+    def load(path: Place, config: ModelConfig | None = None, num_labels: int | None = None) -> InstanceNetwork:
         """A trained network, in evaluation mode, on the CPU.
 
         Args:
-            path: A checkpoint, or a run directory, whose latest complete checkpoint is meant.
+            path: A checkpoint, or a run directory, whose latest complete checkpoint is meant; a folder or a URI.
             config: Settings to run it with; default: those it was trained with.
             num_labels: The number of labels of the data it is meant for; default: any.
 
@@ -75,7 +75,7 @@ class InstanceNetwork(nn.Module):
             FileNotFoundError: If there is no complete checkpoint.
             ValueError: If it is damaged, or of another architecture than asked for.
         """
-        checkpoint = find_checkpoint(Path(path))
+        checkpoint = find_checkpoint(path)
         trained = checkpoint.config
         expected = trained["num_labels"] if num_labels is None else num_labels
         if trained["num_labels"] != expected:

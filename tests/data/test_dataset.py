@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import pickle
+import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from instseg.data.dataset import PreparedDataset
+from instseg.data.dataset import PreparedDataset, read_ahead
 from instseg.data.files import read_json, write_json
 from instseg.data.schema import FORMAT_VERSION
 from instseg.data.voc import open_devkit
+from instseg.storage import StoragePath
+from tests.s3 import S3
 
 
 def test_samples_equal_the_devkit(root: Path, devkit: Path) -> None:
@@ -138,3 +142,85 @@ def test_a_shard_of_other_images_is_refused(root: Path) -> None:
 
 def flip(content: bytes, place: int) -> bytes:
     return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.fixture
+def in_store(root: Path, s3: S3, request: pytest.FixtureRequest) -> StoragePath:
+    """The same data directory in an object store."""
+    store = StoragePath.of(s3("data")) / request.node.name
+    for path in root.iterdir():
+        (store / path.name).publish_file(path)
+    return store
+
+
+def test_an_object_store_gives_the_same_samples(root: Path, in_store: StoragePath, s3: S3) -> None:
+    here, there = PreparedDataset(root), pickle.loads(pickle.dumps(PreparedDataset(in_store)))  # noqa: S301
+    assert there.digest == here.digest
+    for index in (0, 1, 3):
+        np.testing.assert_array_equal(there[index].image, here[index].image)
+        np.testing.assert_array_equal(there[index].logits, here[index].logits)
+    there.verify()
+    s3.requests.clear()
+    assert there[2].image_id == here[2].image_id
+    assert [request.split()[0] for request in s3.requests] == [
+        "HEAD",
+        "GET",
+    ]  # the row is one range
+
+
+def test_damage_in_an_object_store_is_found_at_the_row(in_store: StoragePath) -> None:
+    shard = in_store / "shard-00000.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.publish(bytes(content))
+    dataset = PreparedDataset(in_store)
+    with pytest.raises(ValueError, match=r"shard-00000\.parquet is damaged: expected SHA-256"):
+        dataset.verify()
+    with pytest.raises(ValueError, match=r"shard-00000\.parquet is damaged: row . cannot be read"):
+        [dataset[index] for index in range(3)]
+    shard.delete()
+    with pytest.raises(FileNotFoundError, match=r"shard shard-00000\.parquet is missing"):
+        PreparedDataset(in_store)
+
+
+def test_the_digest_is_of_the_content(root: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy)
+    assert PreparedDataset(copy).digest == PreparedDataset(root).digest
+    manifest = read_json(root / "manifest.json")
+    manifest["shards"][0]["sha256"] = "other"
+    write_json(copy / "manifest.json", manifest)
+    assert PreparedDataset(copy).digest != PreparedDataset(root).digest
+
+
+@pytest.mark.parametrize("num_ahead", [1, 2, 9])
+def test_reading_ahead_keeps_the_order(root: Path, num_ahead: int) -> None:
+    dataset, order = PreparedDataset(root), [2, 0, 3, 0, 1]
+    read = [sample.image_id for sample in read_ahead(dataset, order, num_ahead)]
+    assert read == [dataset.image_ids[index] for index in order]
+    assert list(read_ahead(dataset, [], num_ahead)) == []
+
+
+def test_samples_are_read_while_one_is_worked_on(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of those ahead, and none beyond."""
+    dataset, read, enough = PreparedDataset(root), list[int](), threading.Event()
+
+    def getitem(self: PreparedDataset, index: int) -> int:
+        read.append(index)
+        if len(read) == 4:
+            enough.set()
+        return index
+
+    monkeypatch.setattr(PreparedDataset, "__getitem__", getitem)
+    samples = read_ahead(dataset, range(100), num_ahead=3)
+    next(samples)
+    assert enough.wait(60)
+    assert sorted(read) == [0, 1, 2, 3]
+    samples.close()
+
+
+def test_an_error_comes_where_its_sample_would(root: Path) -> None:
+    samples = read_ahead(PreparedDataset(root), [0, 99, 1])
+    assert next(samples).image_id == "scene_00000"
+    with pytest.raises(IndexError):
+        next(samples)

@@ -15,6 +15,7 @@ from instseg.data.dataset import PreparedDataset
 from instseg.data.network_outputs import import_detections, read_detections, read_logits
 from instseg.data.quarantine import CorruptItemError, QuarantineRow
 from instseg.data.voc import VocDevkit
+from instseg.storage import StoragePath
 from instseg.structures import Sample
 
 IMAGE_ID, SIZE, NUM_LABELS = "scene_00001", (64, 96), 6
@@ -67,7 +68,7 @@ def inputs(devkit: Path, tmp_path: Path) -> Path:
 
 def test_images(inputs: Path) -> None:
     def read() -> None:
-        _, image = VocDevkit(inputs).read_image(IMAGE_ID)
+        _, image = VocDevkit(StoragePath.of(inputs)).read_image(IMAGE_ID)
         assert image.dtype == np.uint8
         assert image.ndim == 3
 
@@ -80,10 +81,12 @@ def test_images(inputs: Path) -> None:
 @pytest.mark.parametrize("folder", ["SegmentationClass", "SegmentationObject"])
 def test_masks(inputs: Path, folder: str) -> None:
     """A PNG has checksums, so that what can be read is what was written."""
-    expected = VocDevkit(inputs).read_masks(IMAGE_ID, SIZE, NUM_LABELS)
+    expected = VocDevkit(StoragePath.of(inputs)).read_masks(IMAGE_ID, SIZE, NUM_LABELS)
 
     def read() -> None:
-        for got, want in zip(VocDevkit(inputs).read_masks(IMAGE_ID, SIZE, NUM_LABELS), expected, strict=True):
+        for got, want in zip(
+            VocDevkit(StoragePath.of(inputs)).read_masks(IMAGE_ID, SIZE, NUM_LABELS), expected, strict=True
+        ):
             np.testing.assert_array_equal(got, want)
 
     counts = outcomes(inputs / folder / f"{IMAGE_ID}.png", 1000, 1, read)

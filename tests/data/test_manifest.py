@@ -10,6 +10,7 @@ import pytest
 from instseg.config import PrepareConfig
 from instseg.data.manifest import collect_settings
 from instseg.data.voc import VocDevkit
+from instseg.storage import StoragePath
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def inputs(devkit: Path, tmp_path: Path) -> Path:
 
 
 def _settings(inputs: Path) -> dict[str, Any]:
-    reader = VocDevkit(inputs)
+    reader = VocDevkit(StoragePath.of(inputs))
     detections, logits = str(inputs / "detections.json"), str(inputs / "logits")
     config = PrepareConfig(devkit=str(inputs), split="train", detections=detections, out="out", logits=logits)
     return collect_settings(config, reader, reader.image_ids("train"), ("background", "a"))

@@ -21,7 +21,7 @@ def test_half_a_surrogate_pair_can_be_written(tmp_path: Path) -> None:
 
 def test_a_missing_or_damaged_table_is_named(tmp_path: Path) -> None:
     path = tmp_path / "q.parquet"
-    with pytest.raises(FileNotFoundError, match=r"q\.parquet: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"No such file.*q\.parquet"):
         read_quarantine(path)
     write_quarantine(path, [QuarantineRow("a", "f", "reason")])
     path.write_bytes(path.read_bytes().replace(b"reason", b"season", 1))

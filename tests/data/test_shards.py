@@ -1,52 +1,85 @@
 from __future__ import annotations
 
 import errno
-import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import pytest
 
+from instseg import storage
 from instseg.data.foreground import compute_foregrounds
-from instseg.data.shards import ShardPlan, ShardReport, make_shard
+from instseg.data.network_outputs import DetectionRecord
+from instseg.data.shards import ShardPlan, ShardTask, make_shard
+from instseg.storage import StorageError, StoragePath
+from tests.s3 import S3
 
 
-def _content(plan: ShardPlan) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in plan.out.iterdir()}
+@pytest.fixture
+def out(plan: ShardPlan) -> Path:
+    return Path(plan.out.key)
 
 
-def test_a_shard_that_is_there_is_kept(plan: ShardPlan) -> None:
-    assert not make_shard(plan, 0)
-    time = plan.file(0).stat().st_mtime_ns
-    assert make_shard(plan, 0)
-    assert plan.file(0).stat().st_mtime_ns == time
-    report = ShardReport.read(plan.file(0))
-    assert report.image_ids == list(plan.shards[0])
-    assert report.num_bytes == plan.file(0).stat().st_size
+@pytest.fixture
+def task(tasks: list[ShardTask]) -> ShardTask:
+    return tasks[0]
 
 
-def test_a_damaged_shard_is_made_again(plan: ShardPlan) -> None:
-    make_shard(plan, 0)
-    before = _content(plan)
+def _content(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_a_shard_that_is_there_is_kept(plan: ShardPlan, task: ShardTask, out: Path) -> None:
+    report, kept = make_shard(plan, task)
+    assert not kept
+    time = (out / task.file).stat().st_mtime_ns
+    assert make_shard(plan, task) == (report, True)
+    assert (out / task.file).stat().st_mtime_ns == time
+    assert report.image_ids == task.image_ids
+    assert report.num_bytes == (out / task.file).stat().st_size
+
+
+def test_a_damaged_shard_is_made_again(plan: ShardPlan, task: ShardTask, out: Path) -> None:
+    make_shard(plan, task)
+    before = _content(out)
     for name, content in before.items():
         for place in range(0, len(content), max(len(content) // 7, 1)):
-            (plan.out / name).write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
-            assert not make_shard(plan, 0)
-            assert _content(plan) == before
-        (plan.out / name).unlink()
-        assert not make_shard(plan, 0)
-        assert _content(plan) == before
+            (out / name).write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+            assert not make_shard(plan, task)[1]
+            assert _content(out) == before
+        (out / name).unlink()
+        assert not make_shard(plan, task)[1]
+        assert _content(out) == before
 
 
-def test_a_shard_of_another_plan_is_made_again(plan: ShardPlan) -> None:
-    make_shard(plan, 0)
-    assert not make_shard(replace(plan, digest="y"), 0)
-    assert not make_shard(plan, 0)
+def test_a_shard_of_another_plan_is_made_again(plan: ShardPlan, task: ShardTask) -> None:
+    make_shard(plan, task)
+    assert not make_shard(replace(plan, digest="y"), task)[1]
+    assert not make_shard(plan, task)[1]
 
 
-def test_whatever_an_image_raises_is_one_row(plan: ShardPlan, monkeypatch: pytest.MonkeyPatch) -> None:
-    second = plan.shards[0][1]
+def test_an_object_store_gets_the_bytes_that_a_folder_gets(
+    plan: ShardPlan, tasks: list[ShardTask], out: Path, s3: S3
+) -> None:
+    store = StoragePath.of(s3("shards"))
+    for task in tasks:
+        here, there = make_shard(plan, task), make_shard(replace(plan, out=store), task)
+        assert here == there
+        assert make_shard(replace(plan, out=store), task) == (there[0], True)
+    assert {name: (store / name).read_bytes() for name in store.files()} == _content(out)
+
+
+def test_a_task_has_its_own_images_detections_alone() -> None:
+    """Whatever their entries are: strings that are no UTF-8, numbers beyond floats."""
+    records = {name: [DetectionRecord(f"{name}[0]", {"x": value})] for name, value in (("a", "\ud800"), ("b", 10**500))}
+    task = ShardTask.of(0, ["a", "c"], records)
+    assert task.records == {"a": records["a"]}
+    assert ShardTask.of(0, ["b"], {"b": [DetectionRecord("f", {"x": float("inf")})]}).records["b"][0].entry["x"] > 1e308
+
+
+def test_whatever_an_image_raises_is_one_row(plan: ShardPlan, task: ShardTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    second = task.image_ids[1]
 
     def fail(image, detections, image_id, num_iterations):
         if image_id == second:
@@ -54,25 +87,34 @@ def test_whatever_an_image_raises_is_one_row(plan: ShardPlan, monkeypatch: pytes
         return compute_foregrounds(image, detections, image_id, num_iterations)
 
     monkeypatch.setattr("instseg.data.shards.compute_foregrounds", fail)
-    make_shard(plan, 0)
-    report = ShardReport.read(plan.file(0))
-    assert report.image_ids == [image_id for image_id in plan.shards[0] if image_id != second]
+    report, _ = make_shard(plan, task)
+    assert report.image_ids == [image_id for image_id in task.image_ids if image_id != second]
     assert [str(row) for row in report.quarantined] == [f"{second}: JPEGImages/{second}.jpg: error: odd error"]
 
 
-def test_a_full_disk_is_no_fault_of_an_image(plan: ShardPlan) -> None:
-    path = plan.file(0)
-    path.with_name(f"{path.name}.tmp-{os.getpid()}").symlink_to("/dev/full")
+def test_a_store_that_is_down_is_no_fault_of_an_image(
+    plan: ShardPlan, task: ShardTask, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = StoragePath.of("s3://bucket/logits?endpoint_override=127.0.0.1:9&scheme=http")
+    monkeypatch.setattr(StoragePath._ask, "__defaults__", (1,))
+    with pytest.raises(StorageError, match="cannot be reached"):
+        make_shard(replace(plan, logits=away), task)
+    assert not out.exists()
+
+
+def test_a_full_disk_is_no_fault_of_an_image(
+    plan: ShardPlan, task: ShardTask, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage.uuid, "uuid4", lambda: SimpleNamespace(hex="1"))
+    out.mkdir()
+    (out / f"{task.file}.tmp-1").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device") as caught:
-        make_shard(plan, 0)
-    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(plan.out))
-    assert list(plan.out.iterdir()) == []
+        make_shard(plan, task)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(out))
+    assert list(out.iterdir()) == []
 
 
-def test_a_bad_image_does_not_stop_its_shard(plan: ShardPlan, tmp_path: Path) -> None:
-    logits = tmp_path / "logits"
-    logits.mkdir()
-    make_shard(replace(plan, logits=str(logits)), 0)
-    report = ShardReport.read(plan.file(0))
+def test_a_bad_image_does_not_stop_its_shard(plan: ShardPlan, task: ShardTask, tmp_path: Path) -> None:
+    report, _ = make_shard(replace(plan, logits=StoragePath.of(tmp_path / "absent")), task)
     assert report.image_ids == []
     assert {row.reason for row in report.quarantined} == {"file is missing"}

@@ -10,6 +10,7 @@ from PIL import Image
 
 from instseg.data.quarantine import CorruptItemError
 from instseg.data.voc import VOC_CLASSES, VocDevkit, decode_image, instance_classes, open_devkit
+from instseg.storage import StoragePath
 
 
 @pytest.mark.real_data
@@ -20,7 +21,7 @@ def test_real_images_and_masks_are_what_pillow_reads(shared_data: Path) -> None:
         semantic, instances, labels = devkit.read_masks(image_id, image.shape[:2], len(VOC_CLASSES) + 1)
 
         def read(folder: str, suffix: str, image_id: str = image_id) -> np.ndarray:
-            with Image.open(devkit.root / folder / f"{image_id}{suffix}") as file:
+            with Image.open(f"{devkit.root}/{folder}/{image_id}{suffix}") as file:
                 return np.array(file)
 
         np.testing.assert_array_equal(image, read("JPEGImages", ".jpg"))
@@ -34,9 +35,9 @@ def test_real_images_and_masks_are_what_pillow_reads(shared_data: Path) -> None:
 
 
 def test_opens_the_folder_itself_or_the_one_below(devkit: Path, tmp_path: Path) -> None:
-    assert open_devkit(str(devkit)).root == devkit
+    assert open_devkit(str(devkit)).root.local == devkit
     shutil.copytree(devkit, tmp_path / "VOC2012")
-    assert open_devkit(str(tmp_path)).root == tmp_path / "VOC2012"
+    assert open_devkit(str(tmp_path)).root.local == tmp_path / "VOC2012"
     (tmp_path / "VOC2007").mkdir()
     with pytest.raises(ValueError, match=r"name one of .*VOC2007, .*VOC2012"):
         open_devkit(str(tmp_path))
@@ -48,7 +49,7 @@ def test_names_what_is_missing(devkit: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="JPEGImages"):
         open_devkit(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="splits that exist: train, val"):
-        VocDevkit(devkit).image_ids("test")
+        VocDevkit(StoragePath.of(devkit)).image_ids("test")
 
 
 @pytest.mark.parametrize("text", ["", "a\nb\na\n", "../secret\n"])
@@ -56,16 +57,16 @@ def test_refuses_a_strange_split(devkit: Path, tmp_path: Path, text: str) -> Non
     shutil.copytree(devkit, tmp_path, dirs_exist_ok=True)
     (tmp_path / "ImageSets/Segmentation/odd.txt").write_text(text)
     with pytest.raises(ValueError, match=r"odd\.txt: expected one image id a line"):
-        VocDevkit(tmp_path).image_ids("odd")
+        VocDevkit(StoragePath.of(tmp_path)).image_ids("odd")
 
 
 def test_a_split_that_is_no_text_is_named(devkit: Path, tmp_path: Path) -> None:
     shutil.copytree(devkit, tmp_path, dirs_exist_ok=True)
     (tmp_path / "ImageSets/Segmentation/odd.txt").write_bytes("scene_00001\n".encode("utf-16"))
     with pytest.raises(ValueError, match=r"odd\.txt: expected text in UTF-8"):
-        VocDevkit(tmp_path).image_ids("odd")
+        VocDevkit(StoragePath.of(tmp_path)).image_ids("odd")
     (tmp_path / "ImageSets/Segmentation/odd.txt").write_text("scene_00001\r\n", "utf-8-sig")  # as Windows writes it
-    assert VocDevkit(tmp_path).image_ids("odd") == ["scene_00001"]
+    assert VocDevkit(StoragePath.of(tmp_path)).image_ids("odd") == ["scene_00001"]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RecursionError("deep"), RuntimeError("odd"), KeyError("x")])
@@ -77,16 +78,16 @@ def test_whatever_an_image_raises_is_of_this_image(
 
     monkeypatch.setattr("instseg.data.voc.decode_image", fail)
     with pytest.raises(CorruptItemError, match=type(error).__name__) as caught:
-        VocDevkit(devkit).read_image("scene_00001")
+        VocDevkit(StoragePath.of(devkit)).read_image("scene_00001")
     assert caught.value.row.file == "JPEGImages/scene_00001.jpg"
     with pytest.raises(CorruptItemError, match=type(error).__name__) as caught:
-        VocDevkit(devkit).read_masks("scene_00001", (64, 96), 6)
+        VocDevkit(StoragePath.of(devkit)).read_masks("scene_00001", (64, 96), 6)
     assert caught.value.row.file == "SegmentationClass/scene_00001.png"
 
 
 def test_images_without_masks_are_test_images(devkit: Path, tmp_path: Path) -> None:
     shutil.copytree(devkit, tmp_path, dirs_exist_ok=True)
-    copy = VocDevkit(tmp_path)
+    copy = VocDevkit(StoragePath.of(tmp_path))
     ids = copy.image_ids("val")
     assert copy.has_ground_truth(ids)
     for folder in ("SegmentationClass", "SegmentationObject"):
@@ -119,7 +120,7 @@ def test_a_bad_mask_is_named(devkit: Path, tmp_path: Path, content: bytes | None
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(CorruptItemError, match=reason) as caught:
-        VocDevkit(tmp_path).read_masks("scene_00001", (64, 96), 6)
+        VocDevkit(StoragePath.of(tmp_path)).read_masks("scene_00001", (64, 96), 6)
     assert (caught.value.row.image_id, caught.value.row.file) == ("scene_00001", "SegmentationClass/scene_00001.png")
     assert str(tmp_path) not in str(caught.value)
 

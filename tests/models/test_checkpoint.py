@@ -18,14 +18,16 @@ from instseg.models.checkpoint import (
     find_checkpoint,
     from_json,
     latest_checkpoint,
+    prune_checkpoints,
     save_checkpoint,
 )
 from instseg.models.network import InstanceNetwork
+from instseg.storage import Place, StoragePath
 
 MODEL = ModelConfig(instance_crf=InstanceCrfConfig(num_iterations=7))
 
 
-def save(run: Path, epoch: int, num_labels: int = 4) -> InstanceNetwork:
+def save(run: Place, epoch: int, num_labels: int = 4) -> InstanceNetwork:
     torch.manual_seed(epoch)
     network = InstanceNetwork(MODEL, num_labels)
     with torch.no_grad():
@@ -59,7 +61,7 @@ def test_a_torn_checkpoint_is_passed_over_with_a_warning(
     save(tmp_path, 1)
     save(tmp_path, 2)
     path = epoch_folder(tmp_path, 2) / torn
-    path.unlink() if torn == "manifest.json" else path.write_bytes(path.read_bytes()[:-1])
+    path.publish(path.read_bytes()[:-2])
     assert find_checkpoint(tmp_path).state == {"epoch": 1}
     (warning,) = caplog.messages
     assert f"checkpoint {epoch_folder(tmp_path, 2)}" in warning
@@ -70,35 +72,51 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("function", ["save_file", "_write_json", "sha256_of"])
 @pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("written", range(5))
+@pytest.mark.parametrize("kind", ["folder", "s3"])
 def test_a_killed_writer_leaves_the_checkpoint_before(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    function: str,
+    request: pytest.FixtureRequest,
+    kind: str,
+    written: int,
     again: bool,
 ) -> None:
-    save(tmp_path, 1)
-    real = getattr(module, function)
-    calls = []
+    """Killed before any of its five files, on its first attempt or when it replaces what is there."""
+    run = StoragePath.of(tmp_path)
+    if kind == "s3":
+        run = StoragePath.of(request.getfixturevalue("s3")("checkpoints")) / f"{written}_{again}"
+    save(run, 1)
+    if again:
+        save(run, 2)
+    real, calls = StoragePath.publish_file, []
 
-    def killed(*args: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 2:
+    def killed(self: StoragePath, source: Path) -> None:
+        calls.append(self.name)
+        if len(calls) > written:
             raise Killed
-        return real(*args)
+        real(self, source)
 
-    monkeypatch.setattr(module, function, killed)
+    monkeypatch.setattr(StoragePath, "publish_file", killed)
     with pytest.raises(Killed):
-        save(tmp_path, 1 if again else 2)
-    found = latest_checkpoint(tmp_path)
-    assert found is not None
-    assert found.state == {"epoch": 1}
-    assert not caplog.messages  # what a killed process leaves behind is no damage
+        save(run, 2)
+    assert latest_checkpoint(run).state == {"epoch": 1}  # pyright: ignore[reportOptionalMemberAccess]
+    assert not [
+        record for record in caplog.records if record.name.startswith("instseg")
+    ]  # what a killed process leaves behind is no damage
     monkeypatch.undo()
-    save(tmp_path, 2)  # what was left over is no obstacle
-    assert find_checkpoint(tmp_path).state == {"epoch": 2}
+    save(run, 2)  # what was left over is no obstacle
+    assert find_checkpoint(run).state == {"epoch": 2}
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    for epoch in (1, 2, 3, 10):
+        save(tmp_path, epoch)
+    (epoch_folder(tmp_path, 2) / "manifest.json").delete()
+    prune_checkpoints(StoragePath.of(tmp_path), keep=2)
+    assert (StoragePath.of(tmp_path) / "checkpoints").folders() == ["epoch_0003", "epoch_0010"]
 
 
 def test_a_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +127,7 @@ def test_a_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(OSError, match="No space left") as raised:
         save(tmp_path, 1)
     assert raised.value.errno == errno.ENOSPC
-    assert str(tmp_path) in raised.value.filename
+    assert "model.safetensors" in raised.value.filename
 
 
 def test_the_first_class_that_differs_is_named(tmp_path: Path) -> None:
@@ -130,7 +148,7 @@ def test_no_checkpoint_is_a_clear_error(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    (epoch_folder(tmp_path, 1) / "model.safetensors").write_bytes(b"")
+    (epoch_folder(tmp_path, 1) / "model.safetensors").publish(b"")
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged or missing"):
         InstanceNetwork.load(epoch_folder(tmp_path, 1))
 
