@@ -6,7 +6,8 @@ on who computed which record in what order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -14,8 +15,9 @@ import numpy as np
 
 from instseg.checks import choice, require
 from instseg.config import MatchingRule
-from instseg.evaluation.matching import find_hits, match_boxes
-from instseg.evaluation.semantic import confusion_matrix
+from instseg.evaluation.matching import match_boxes
+from instseg.evaluation.ranking import Ranked
+from instseg.evaluation.semantic import Confusion, confusion_matrix
 from instseg.shapes import Bool, Float, Int
 from instseg.structures import InstanceMap, Sample
 
@@ -32,8 +34,8 @@ class ImageRecord:
         scores: (P,) float64, what predictions are ranked by.
         iou: (P, G) float64 in 0..1, void pixels removed from the predictions.
         truth_labels: (G,) int64, class of each true instance that has pixels.
-        confusion_before: (L, L) int64 of the network's semantic segmentation.
-        confusion_after: (L, L) int64 of the one refined by the CRF.
+        confusion_before: Of the network's semantic segmentation.
+        confusion_after: Of the one refined by the CRF.
         detection_labels: (D,) int64, class of each detection.
         detection_scores: (D,) float64, the detector's.
         validity: (D,) float64, Pr(Y_d = 1).
@@ -45,8 +47,8 @@ class ImageRecord:
     scores: Float[np.ndarray, " P"]
     iou: Float[np.ndarray, "P G"]
     truth_labels: Int[np.ndarray, " G"]
-    confusion_before: Int[np.ndarray, "L L"]
-    confusion_after: Int[np.ndarray, "L L"]
+    confusion_before: Confusion
+    confusion_after: Confusion
     detection_labels: Int[np.ndarray, " D"] = field(default_factory=lambda: np.zeros(0, np.int64))
     detection_scores: Float[np.ndarray, " D"] = field(default_factory=lambda: np.zeros(0))
     validity: Float[np.ndarray, " D"] = field(default_factory=lambda: np.zeros(0))
@@ -130,8 +132,8 @@ def image_record(
         scores=predicted.scores[predictions].astype(np.float64),
         iou=iou[predictions][:, truths],
         truth_labels=sample.instance_labels[truths].astype(np.int64),
-        confusion_before=confusion_matrix(sample.semantic, semantic_before, num_labels),
-        confusion_after=confusion_matrix(sample.semantic, predicted.semantic, num_labels),
+        confusion_before=Confusion.of(confusion_matrix(sample.semantic, semantic_before, num_labels)),
+        confusion_after=Confusion.of(confusion_matrix(sample.semantic, predicted.semantic, num_labels)),
         detection_labels=detections.labels,
         detection_scores=detections.scores.astype(np.float64),
         validity=validity.astype(np.float64),
@@ -171,30 +173,20 @@ def ap_r(records: Iterable[ImageRecord], num_labels: int, rule: MatchingRule = "
     for first, second in pairwise(records):
         if first.image_id == second.image_id:
             raise ValueError(f"records: expected each image once, got {first.image_id} twice")
-    classes = [[record.of_class(label) for record in records] for label in range(1, num_labels)]
-    values = [[_class_ap(images, threshold, rule) for images in classes] for threshold in THRESHOLDS]
-    num_truths = [sum(iou.shape[1] for _, iou in images) for images in classes]
-    return ApR(np.array(values), np.array(num_truths))
+    classes = rank_classes(records, num_labels, rule)
+    values = np.empty((len(THRESHOLDS), len(classes)))
+    for column, ranked in enumerate(classes):
+        values[:, column] = ranked.average_precision(rule)
+    return ApR(values, np.array([len(ranked.truth_image) for ranked in classes], np.int64))
 
 
-def _class_ap(images: list[tuple[np.ndarray, np.ndarray]], threshold: float, rule: MatchingRule) -> float:
-    num_truths = sum(iou.shape[1] for _, iou in images)
-    if num_truths == 0:
-        return float("nan")
-    scores = np.concatenate([scores for scores, _ in images])
-    hits = np.concatenate([find_hits(scores, iou, threshold, rule) for scores, iou in images])
-    return _area(hits[np.argsort(-scores, kind="stable")], num_truths, rule)
-
-
-def _area(hits: Bool[np.ndarray, " P"], num_truths: int, rule: MatchingRule) -> float:
-    """Average precision of ranked predictions."""
-    num_hits = np.cumsum(hits)
-    precision = num_hits / np.arange(1, len(hits) + 1)
-    if rule == "authors":
-        return float(precision[hits].sum() / num_truths)
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    if rule == "sds":
-        return float(envelope[hits].sum() / num_truths)
-    # Integers, because a recall of 3/10 is below the float 0.1 * 3.
-    reached = [envelope[10 * num_hits >= tenth * num_truths] for tenth in range(11)]
-    return float(np.mean([rest[0] if len(rest) else 0.0 for rest in reached]))
+def rank_classes(records: Sequence[ImageRecord], num_labels: int, rule: MatchingRule) -> list[Ranked]:
+    """The predictions of each of classes 1..K, ties in the order of `records`; looks only where a class occurs."""
+    places = defaultdict(list)
+    for index, record in enumerate(records):
+        for label in {*record.labels.tolist(), *record.truth_labels.tolist()}:
+            places[label].append(index)
+    return [
+        Ranked.of(((index, *records[index].of_class(label)) for index in places[label]), THRESHOLDS, rule)
+        for label in range(1, num_labels)
+    ]

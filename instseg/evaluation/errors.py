@@ -86,7 +86,7 @@ def image_errors(record: ImageRecord) -> ImageErrors:
     """Sort the predictions and truths of one image into kinds."""
     same = record.labels[:, None] == record.truth_labels
     own, other = np.where(same, record.iou, 0.0), np.where(same, 0.0, record.iou)
-    matches = match_greedily(record.scores, own, FOUND)
+    (matches,) = match_greedily(record.scores, own, [FOUND])
     best_own, best_other = own.max(1, initial=0.0), other.max(1, initial=0.0)
     mask = (best_own > TOUCHED) & (best_own <= FOUND)
     conditions = {

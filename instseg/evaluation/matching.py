@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from instseg.config import MatchingRule
@@ -12,36 +14,39 @@ BOX_IOU = 0.5  # a detection found an instance where their boxes have more
 
 
 def match_greedily(
-    scores: Float[np.ndarray, " P"], iou: Float[np.ndarray, "P G"], threshold: float
-) -> Int[np.ndarray, " P"]:
+    scores: Float[np.ndarray, " P"], iou: Float[np.ndarray, "P G"], thresholds: Sequence[float]
+) -> Int[np.ndarray, "T P"]:
     """Give each prediction, best score first, the ground truth with the highest IoU that is still free.
 
     Args:
         scores: (P,) floats; of equal ones the first in the array comes first.
         iou: (P, G) floats >= 0; 0 where a pair may not match.
-        threshold: A match has a higher IoU than this.
+        thresholds: T; a match has a higher IoU than this. Each is a matching of its own.
 
     Returns:
-        (P,) int64 index of the ground truth, or -1.
+        (T, P) int64 index of the ground truth, or -1.
     """
-    matches = np.full(len(scores), -1, np.int64)
-    free = iou.copy()
+    matches = np.full((len(thresholds), len(scores)), -1, np.int64)
+    free = np.ones((len(thresholds), iou.shape[1]), np.bool_)
     for index in np.argsort(-scores, kind="stable") if iou.shape[1] else ():
-        best = free[index].argmax()
-        if free[index, best] > threshold:
-            matches[index] = best
-            free[:, best] = -1.0
+        left = np.where(free, iou[index], -1.0)
+        best = left.argmax(axis=1)
+        found = left.max(axis=1) > thresholds
+        matches[found, index] = best[found]
+        free[found, best[found]] = False
     return matches
 
 
 def find_hits(
-    scores: Float[np.ndarray, " P"], iou: Float[np.ndarray, "P G"], threshold: float, rule: MatchingRule
-) -> Bool[np.ndarray, " P"]:
-    """Which of the predictions of one image and class are correct, (P,) bool.
+    scores: Float[np.ndarray, " P"], iou: Float[np.ndarray, "P G"], thresholds: Sequence[float], rule: MatchingRule
+) -> Bool[np.ndarray, "T P"]:
+    """Which of the predictions of one image and class are correct at each of T thresholds, (T, P) bool.
 
     With `authors` all above the threshold are, duplicates included; else as `match_greedily`.
     """
-    return np.any(iou > threshold, axis=1) if rule == "authors" else match_greedily(scores, iou, threshold) >= 0
+    if rule == "authors":
+        return np.max(iou, axis=1, initial=-1.0) > np.array(thresholds)[:, None]
+    return match_greedily(scores, iou, thresholds) >= 0
 
 
 def match_boxes(
@@ -60,7 +65,7 @@ def match_boxes(
     boxes = tight_boxes(instances, len(instance_labels))
     same = detections.labels[:, None] == instance_labels
     iou = np.where(same, box_iou(detections.boxes, boxes), 0.0)
-    return match_greedily(detections.scores, iou, BOX_IOU)
+    return match_greedily(detections.scores, iou, [BOX_IOU])[0]
 
 
 def tight_boxes(instances: Integer[np.ndarray, "H W"], num_instances: int) -> Float[np.ndarray, "G 4"]:

@@ -1,44 +1,47 @@
 """Records of a result as an Arrow file, so that it can be compared with others later; lossless, for any Arrow reader.
 
-One row an image, matrices row by row.
+One row an image, IoUs row by row.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from instseg.evaluation.ap_r import ImageRecord
+from instseg.evaluation.semantic import Confusion
 
-FORMAT_VERSION = 1  # raise it whenever a column changes
+FORMAT_VERSION = 2  # raise it whenever a column changes
 _VERSION, _DIGEST = b"instseg.records.version", b"instseg.records.sha256"
-SCHEMA = pa.schema(
-    [
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("labels", pa.list_(pa.int64()), nullable=False),  # P
-        pa.field("scores", pa.list_(pa.float64()), nullable=False),  # P
-        pa.field("iou", pa.list_(pa.float64()), nullable=False),  # P * G
-        pa.field("truth_labels", pa.list_(pa.int64()), nullable=False),  # G
-        pa.field("confusion_before", pa.list_(pa.int64()), nullable=False),  # L * L
-        pa.field("confusion_after", pa.list_(pa.int64()), nullable=False),  # L * L
-        pa.field("detection_labels", pa.list_(pa.int64()), nullable=False),  # D
-        pa.field("detection_scores", pa.list_(pa.float64()), nullable=False),  # D
-        pa.field("validity", pa.list_(pa.float64()), nullable=False),  # D
-        pa.field("matched", pa.list_(pa.bool_()), nullable=False),  # D
-    ]
-)
-_ARRAYS = SCHEMA.names[1:]
+_INTEGERS, _FLOATS, _TRUTHS = (pa.list_(kind) for kind in (pa.int64(), pa.float64(), pa.bool_()))
+_CONFUSION = pa.struct({"num_labels": pa.int64(), "index": _INTEGERS, "count": _INTEGERS})  # as in Confusion: 1, E, E
+_TYPES = {
+    "image_id": pa.string(),
+    "labels": _INTEGERS,  # P
+    "scores": _FLOATS,  # P
+    "iou": _FLOATS,  # P * G
+    "truth_labels": _INTEGERS,  # G
+    "confusion_before": _CONFUSION,
+    "confusion_after": _CONFUSION,
+    "detection_labels": _INTEGERS,  # D
+    "detection_scores": _FLOATS,  # D
+    "validity": _FLOATS,  # D
+    "matched": _TRUTHS,  # D
+}
+SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in _TYPES.items()])
 
 
 def write_records(path: Path, records: Sequence[ImageRecord]) -> None:
     """Write the records of a result, in their order."""
-    columns = [pa.array([record.image_id for record in records], pa.string())]
-    columns += [pa.array([_flat(record, name) for record in records], SCHEMA.field(name).type) for name in _ARRAYS]
-    schema = SCHEMA.with_metadata({_VERSION: str(FORMAT_VERSION), _DIGEST: _digest(records)})
+    columns = [pa.array([_cell(getattr(record, name)) for record in records], kind) for name, kind in _TYPES.items()]
+    schema = SCHEMA.with_metadata({_VERSION: str(FORMAT_VERSION), _DIGEST: _digest(columns)})
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema, options=options) as writer:
         writer.write_batch(pa.record_batch(columns, schema=schema))
@@ -63,32 +66,50 @@ def read_records(path: Path) -> list[ImageRecord]:
     version = metadata.get(_VERSION, b"none").decode(errors="replace")
     if version != str(FORMAT_VERSION) or not table.schema.equals(SCHEMA):
         raise ValueError(f"{path}: expected records of format {FORMAT_VERSION}, got {version}; evaluate again")
-    try:
-        records = [_record(table.slice(row, 1)) for row in range(len(table))]
-    except ValueError:
-        records = None
-    if records is None or metadata.get(_DIGEST) != _digest(records):
+    columns = [column.combine_chunks() for column in table.columns]
+    if metadata.get(_DIGEST) != _digest(columns):
         raise ValueError(f"{path}: damaged: its values are not those that were written; evaluate again")
-    return records
+    return [_record(*cells) for cells in zip(*map(_values, columns), strict=True)]
 
 
-def _record(row: pa.Table) -> ImageRecord:
-    values = {name: row[name].chunk(0).flatten().to_numpy(zero_copy_only=False) for name in _ARRAYS}
+def _record(*cells: Any) -> ImageRecord:
+    values = dict(zip(SCHEMA.names, cells, strict=True))
     values["iou"] = values["iou"].reshape(len(values["labels"]), len(values["truth_labels"]))
-    num_labels = round(len(values["confusion_after"]) ** 0.5)
-    for name in ("confusion_before", "confusion_after"):
-        values[name] = values[name].reshape(num_labels, num_labels)
-    return ImageRecord(row["image_id"][0].as_py(), **values)
+    return ImageRecord(**values)
 
 
-def _flat(record: ImageRecord, name: str) -> np.ndarray:
-    return getattr(record, name).ravel().astype(SCHEMA.field(name).type.value_type.to_pandas_dtype())
+def _cell(value: Any) -> Any:
+    """A field of a record, as Arrow takes it."""
+    if isinstance(value, Confusion):
+        return value._asdict()
+    return value.ravel() if isinstance(value, np.ndarray) else value
 
 
-def _digest(records: Sequence[ImageRecord]) -> bytes:
+def _values(column: pa.Array) -> list[Any]:
+    """The fields of all records that `_cell` made a column of; arrays are views of it."""
+    if pa.types.is_struct(column.type):
+        return [Confusion(*parts) for parts in zip(*map(_values, column.flatten()), strict=True)]
+    if pa.types.is_list(column.type):
+        values = column.values.to_numpy(zero_copy_only=False)
+        return [values[begin:end] for begin, end in pairwise(column.offsets.to_numpy())]
+    return column.to_pylist()
+
+
+def _digest(columns: Sequence[pa.Array]) -> bytes:
     sha256 = hashlib.sha256()
-    for record in records:
-        sha256.update(record.image_id.encode())
-        for name in _ARRAYS:
-            sha256.update(_flat(record, name).tobytes())
+    for column in columns:
+        for part in _parts(column):
+            sha256.update(part)
     return sha256.hexdigest().encode()
+
+
+def _parts(column: pa.Array) -> Iterator[bytes]:
+    """All that a column holds, whatever its memory looks like."""
+    if pa.types.is_struct(column.type):
+        for part in column.flatten():
+            yield from _parts(part)
+    elif pa.types.is_list(column.type):
+        yield column.offsets.to_numpy().tobytes()
+        yield column.values.to_numpy(zero_copy_only=False).tobytes()
+    else:
+        yield json.dumps(column.to_pylist()).encode()

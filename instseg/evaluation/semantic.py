@@ -2,10 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import numpy as np
 
+from instseg.checks import require
 from instseg.shapes import Float, Int, Integer
 from instseg.structures import IGNORE_LABEL
+
+
+class Confusion(NamedTuple):
+    """The confusion matrix of one image as its E entries other than zero: an image has few of the labels.
+
+    Attributes:
+        num_labels: L.
+        index: (E,) int64, true label * L + predicted label; ascending, each once.
+        count: (E,) int64, pixels.
+    """
+
+    num_labels: int
+    index: Int[np.ndarray, " E"]
+    count: Int[np.ndarray, " E"]
+
+    @staticmethod
+    def of(matrix: Integer[np.ndarray, "L L"]) -> Confusion:
+        """Keep the entries of a matrix, row = true label, column = predicted label."""
+        index = np.flatnonzero(matrix)
+        return Confusion(len(matrix), index, matrix.ravel()[index].astype(np.int64))
+
+    def pixels(self) -> Int[np.ndarray, "3 L"]:
+        """Return (3, L) int64: pixels of each label in the truth, in the prediction, and in both."""
+        true, predicted = np.divmod(self.index, self.num_labels)
+        both = true == predicted
+        pixels = np.zeros((3, self.num_labels), np.int64)
+        np.add.at(pixels[0], true, self.count)
+        np.add.at(pixels[1], predicted, self.count)
+        pixels[2, true[both]] = self.count[both]
+        return pixels
+
+
+def total(confusions: Iterable[Confusion], num_labels: int) -> Int[np.ndarray, "L L"]:
+    """Add up the confusions of many images: (L, L) int64, row = true label, column = predicted label.
+
+    Raises:
+        ValueError: If one is of another number of labels than `num_labels`, which is L.
+    """
+    matrix = np.zeros((num_labels, num_labels), np.int64)
+    for confusion in confusions:
+        require(confusion.num_labels == num_labels, "confusion", f"{num_labels} labels", confusion.num_labels)
+        matrix.ravel()[confusion.index] += confusion.count
+    return matrix
 
 
 def confusion_matrix(
@@ -35,14 +82,9 @@ def confusion_matrix(
 
 def label_iou(confusion: Integer[np.ndarray, "L L"]) -> Float[np.ndarray, " L"]:
     """Return (L,) float64 intersection over union in 0..1; NaN for a label that occurs nowhere."""
-    correct, union = intersection_and_union(confusion)
-    return np.divide(correct, union, out=np.full(len(correct), np.nan), where=union > 0)
-
-
-def intersection_and_union(confusion: Integer[np.ndarray, "L L"]) -> tuple[Float[np.ndarray, " L"], ...]:
-    """Return two (L,) float64: pixels in both truth and prediction, and in either; they add up over images."""
     correct = np.diag(confusion).astype(np.float64)
-    return correct, confusion.sum(0) + confusion.sum(1) - correct
+    union = confusion.sum(0) + confusion.sum(1) - correct
+    return np.divide(correct, union, out=np.full(len(correct), np.nan), where=union > 0)
 
 
 def mean_iou(confusion: Integer[np.ndarray, "L L"]) -> float:

@@ -15,7 +15,7 @@ from instseg.config import MatchingRule
 from instseg.evaluation.ap_r import THRESHOLDS, ApR, ImageRecord, ap_r
 from instseg.evaluation.calibration import Calibration, calibrations
 from instseg.evaluation.records import write_records
-from instseg.evaluation.semantic import label_iou, mean_iou
+from instseg.evaluation.semantic import label_iou, mean_iou, total
 
 RULES: tuple[MatchingRule, ...] = get_args(MatchingRule)
 SCORE_TITLES = {"detector_score": "detector score", "validity": "Pr(Y)"}
@@ -50,8 +50,8 @@ class Evaluation:
             classes=classes,
             records=tuple(records),
             ap_r={rule: ap_r(records, num_labels, rule) for rule in RULES},
-            confusion_before=np.sum([record.confusion_before for record in records], axis=0),
-            confusion_after=np.sum([record.confusion_after for record in records], axis=0),
+            confusion_before=total((record.confusion_before for record in records), num_labels),
+            confusion_after=total((record.confusion_after for record in records), num_labels),
             calibration=calibrations(records),
         )
 
