@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -21,7 +22,13 @@ def provenance(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The checked-out commit, "-dirty" if files differ; None where the code is not in a repository."""
+    """The commit of the code, as git describes it: "-dirty" at the end if files differ; None if nothing tells.
+
+    INSTSEG_COMMIT goes before the repository: who submits a job sets it, since `.git` does not travel with the code. It
+    is recorded as it was given, in one line.
+    """
+    if given := " ".join(os.environ.get("INSTSEG_COMMIT", "").split()):
+        return given
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
