@@ -64,7 +64,7 @@ def fields_as_declared(record: Any) -> None:
     hints = get_type_hints(type(record))
     for field in fields(record):
         value, hint = getattr(record, field.name), hints[field.name]
-        if isinstance(hint, UnionType):  # every union here is "... | None"
+        if isinstance(hint, UnionType) and type(None) in get_args(hint):  # others the record checks itself
             hint = None if value is None else get_args(hint)[0]
         if get_origin(hint) is Literal:
             choice(field.name, value, hint)

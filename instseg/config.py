@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -153,7 +154,9 @@ class TrainConfig(_Checked):
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     num_epochs: int = 1
     num_head_epochs: int = 0  # the first of them, or all if they are fewer, train the detection head alone and are fast
-    num_workers: int = 2  # the batch: each takes one image a step
+    # The batch: each takes one image a step. "2:8" means as many as there is room for, from 2 to 8, which may change
+    # when workers are lost or nodes join; each change starts again from the latest checkpoint.
+    num_workers: int | str = 2
     device: Device = "auto"  # "gpu": a GPU for each worker; "auto": that if there are enough, else CPUs, and says so
     cpus_per_worker: int = 1
     learning_rate_crf: float = 0.05  # Adam, weights of kernels and detections
@@ -167,7 +170,8 @@ class TrainConfig(_Checked):
     instance_loss: InstanceLoss = "iou"  # a mean over matched instances, or the cross-entropy over pixels
     probability_floor: float = 0.2  # no pixel costs more than -log of it, in nats; 0 is the plain log-loss
     seed: int = 0
-    max_failures: int = 2  # worker failures that a run survives, each from its latest checkpoint
+    # Worker failures that a run survives, each from its latest checkpoint; nodes that were reclaimed do not count.
+    max_failures: int = 2
     keep_checkpoints: int = 3  # the latest ones; with FCN-8s each takes 1.6 GB
     held_out: int | None = None  # the fold, from 0, that is not trained on; default: all images are trained on
     num_folds: int = 5  # into which the images are split where one is held out
@@ -175,8 +179,10 @@ class TrainConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_workers", "cpus_per_worker", "num_epochs", "keep_checkpoints"):
+        for name in ("cpus_per_worker", "num_epochs", "keep_checkpoints"):
             positive(name, getattr(self, name))
+        fewest, most = self.worker_range
+        require(0 < fewest <= most, "num_workers", "1 or more, as in 4 or 2:8", self.num_workers)
         unit_interval("probability_floor", self.probability_floor)
         heads = 0 if self.model.detection_head else self.num_head_epochs
         require(heads == 0, "num_head_epochs", "0 without model.detection_head", self.num_head_epochs)
@@ -191,6 +197,14 @@ class TrainConfig(_Checked):
             "max_failures",
         ):
             non_negative(name, getattr(self, name))
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """The fewest and the most workers."""
+        found = re.fullmatch(r"(\d+)(?::(\d+))?", str(self.num_workers))
+        if found is None:
+            raise ValueError(f"num_workers: expected a number or a range, such as 4 or 2:8, got {self.num_workers!r}")
+        return int(found[1]), int(found[2] or found[1])
 
 
 @dataclass(frozen=True)

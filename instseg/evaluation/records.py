@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,9 @@ import pyarrow as pa
 
 from instseg.evaluation.ap_r import ImageRecord
 from instseg.evaluation.semantic import Confusion
+from instseg.storage import Place, StoragePath
 
+RECORDS = "records.arrow"
 FORMAT_VERSION = 2  # raise it whenever a column changes
 _VERSION, _DIGEST = b"instseg.records.version", b"instseg.records.sha256"
 _INTEGERS, _FLOATS, _TRUTHS = (pa.list_(kind) for kind in (pa.int64(), pa.float64(), pa.bool_()))
@@ -38,26 +39,31 @@ _TYPES = {
 SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in _TYPES.items()])
 
 
-def write_records(path: Path, records: Sequence[ImageRecord]) -> None:
+def write_records(place: Place, records: Sequence[ImageRecord]) -> None:
     """Write the records of a result, in their order."""
     columns = [pa.array([_cell(getattr(record, name)) for record in records], kind) for name, kind in _TYPES.items()]
     schema = SCHEMA.with_metadata({_VERSION: str(FORMAT_VERSION), _DIGEST: _digest(columns)})
     options = pa.ipc.IpcWriteOptions(compression="zstd")
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema, options=options) as writer:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema, options=options) as writer:
         writer.write_batch(pa.record_batch(columns, schema=schema))
+    StoragePath.of(place).publish(sink.getvalue().to_pybytes())
 
 
-def read_records(path: Path) -> list[ImageRecord]:
+def read_records(place: Place) -> list[ImageRecord]:
     """The records that `write_records` wrote.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, not such a file, or of another format.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; records.arrow lies beside a result's results.json")
+    path = StoragePath.of(place)
     try:
-        with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; {RECORDS} lies beside a result's results.json") from None
+    try:
+        with pa.ipc.open_file(content) as reader:
             table = reader.read_all()
         table.validate(full=True)
         metadata = table.schema.metadata or {}

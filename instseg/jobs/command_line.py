@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 from typing import Any, TypeVar
 
 try:
@@ -102,7 +101,7 @@ def _parse_evaluation(kind: type[Config], description: str | None) -> Config:
     if path is not None:
         from instseg.models.checkpoint import INITIAL_WEIGHTS, find_checkpoint, from_json
 
-        checkpoint = find_checkpoint(Path(path))
+        checkpoint = find_checkpoint(path)
         for name in INITIAL_WEIGHTS:
             _refuse(f"--model.{name}", arguments, f"has no effect beside the trained weights of {checkpoint.folder}")
         model = from_json(ModelConfig, checkpoint.config["model"])

@@ -5,28 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from instseg.config import AblateConfig, TrainConfig
 from instseg.data.dataset import PreparedDataset
-from instseg.data.files import published, read_json, write_json
+from instseg.data.files import read_json, write_json
 from instseg.data.folds import split_folds
-from instseg.evaluation.records import read_records, write_records
+from instseg.evaluation.records import RECORDS, read_records, write_records
 from instseg.jobs.ablate import write_ablation
 from instseg.jobs.cluster import cluster
 from instseg.jobs.evaluate import running_evaluators
-from instseg.jobs.folder import check_folder
-from instseg.jobs.tracking import Tracker, how_to_open
+from instseg.jobs.roots import check_inputs, check_nodes, check_out
+from instseg.jobs.tracking import SPOOL, Tracker, how_to_open
 from instseg.jobs.train import train
 from instseg.jobs.train_checks import check_data, check_model, check_same_settings
 from instseg.jobs.train_loop import training_settings
 from instseg.report.ablation import AblationRow, rows_of
 from instseg.report.provenance import provenance
 from instseg.report.tables import Evaluation, write_report
+from instseg.storage import StoragePath
 
-_RECORDS = "records.arrow"
-_SPOOL = "mlflow_spool.jsonl"
 _TAGS = {"workflow": "crossvalidate"}
 
 
@@ -46,8 +44,8 @@ def crossvalidate(config: TrainConfig) -> dict[str, Evaluation]:
         ValueError: If `out` has folds of another cross-validation, or there cannot be so many folds; else as `train`
             and `evaluate`, as are all other errors.
     """
-    out = Path(config.out)
-    check_folder(out)
+    out = check_out(config.out)
+    check_inputs(data=config.data)
     if config.held_out is not None:
         raise ValueError(
             f"held_out: expected none, as each fold is held out in turn, got {config.held_out}; leave it out"
@@ -58,7 +56,8 @@ def crossvalidate(config: TrainConfig) -> dict[str, Evaluation]:
     folds = split_folds(dataset.image_ids, config.num_folds, config.fold_seed)
     settings = training_settings(config, dataset)
     _claim(out, settings | {"folds": {dataset.image_ids[i]: k for k, fold in enumerate(folds) for i in fold}})
-    with cluster(), Tracker.start(config.tracking, out.name, settings, _TAGS, out / _SPOOL) as parent:
+    with cluster(), Tracker.start(config.tracking, out.name, settings, _TAGS, out / SPOOL) as parent:
+        check_nodes(data=dataset.root, out=out)
         _run_folds(config, dataset, folds, parent)
         evaluations = {row.name: _pool(config, row, dataset, parent) for row in rows_of(config.model)}
         write_ablation(evaluations, out, parent)
@@ -66,13 +65,12 @@ def crossvalidate(config: TrainConfig) -> dict[str, Evaluation]:
     return evaluations
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
+def _claim(out: StoragePath, settings: dict[str, Any]) -> None:
     """Make `out` the folder of these settings and folds; ValueError if it has folds of others."""
     path = out / "crossvalidation.json"
-    if any(out.glob("fold_*")):
+    if any(name.startswith("fold_") for name in out.folders()):
         check_same_settings(out, read_json(path), settings)
     else:
-        out.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
 
 
@@ -98,33 +96,31 @@ def _run_folds(
 
 def _run_fold(config: TrainConfig, fold: int, held_out: PreparedDataset, parent: Tracker) -> None:
     """Train on all other images, then write the records of those held out."""
-    folder = Path(config.out) / f"fold_{fold}"
+    folder = StoragePath.of(config.out) / f"fold_{fold}"
     checkpoint = train(replace(config, held_out=fold, out=str(folder / "run")), parent)
     evaluation = AblateConfig(config.data, str(folder), str(checkpoint), device=config.device)
     with running_evaluators(evaluation, held_out) as (_, evaluators):
         for row in rows_of(config.model):
             path = _records_path(config, fold, row)
             if not _has_records(path):
-                path.parent.mkdir(exist_ok=True)
-                with published(path) as temporary:
-                    write_records(temporary, evaluators.records(row.ablation))
+                write_records(path, evaluators.records(row.ablation))
 
 
 def _pool(config: TrainConfig, row: AblationRow, dataset: PreparedDataset, parent: Tracker) -> Evaluation:
     """Score the records of all folds once; write and log the report."""
     records = [record for fold in range(config.num_folds) for record in read_records(_records_path(config, fold, row))]
     evaluation = Evaluation.of(records, dataset.classes)
-    out = Path(config.out) / row.name
-    paths = write_report(evaluation, out, provenance(asdict(config)))
+    out = StoragePath.of(config.out) / row.name
+    paths = write_report(evaluation, out, provenance(asdict(config), dataset.digest))
     params = {"ablation": asdict(row.ablation)}
-    with Tracker.start(config.tracking, row.name, params, _TAGS, out / _SPOOL, parent) as tracker:
+    with Tracker.start(config.tracking, row.name, params, _TAGS, out / SPOOL, parent) as tracker:
         tracker.log_metrics(evaluation.metrics())
         for path in paths:
             tracker.log_artifact(path)
     return evaluation
 
 
-def _has_records(path: Path) -> bool:
+def _has_records(path: StoragePath) -> bool:
     """Whether there is a file of records that can be read; a damaged one is as good as none."""
     try:
         read_records(path)
@@ -133,5 +129,5 @@ def _has_records(path: Path) -> bool:
     return True
 
 
-def _records_path(config: TrainConfig, fold: int, row: AblationRow) -> Path:
-    return Path(config.out) / f"fold_{fold}" / row.name / _RECORDS
+def _records_path(config: TrainConfig, fold: int, row: AblationRow) -> StoragePath:
+    return StoragePath.of(config.out) / f"fold_{fold}" / row.name / RECORDS

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from instseg.config import EvaluateConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.evaluation.ap_r import ImageRecord
@@ -44,6 +42,6 @@ def diagnose(
     as_it_is = Evaluation.of(records, dataset.classes)
     diagnosis = Diagnosis(as_it_is, evaluations, errors_by_kind(records, dataset.num_labels))
     tracker.log_metrics({f"diagnosis/{name}": value for name, value in diagnosis.metrics().items()})
-    for path in write_diagnosis(diagnosis, Path(config.out)):
+    for path in write_diagnosis(diagnosis, config.out):
         tracker.log_artifact(path)
     return diagnosis.text()

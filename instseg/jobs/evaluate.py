@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from operator import attrgetter
-from pathlib import Path
 from typing import TypeVar
 
 from instseg.config import AblateConfig, Ablation, EvaluateConfig, ModelConfig
@@ -17,14 +16,15 @@ from instseg.jobs.cluster import cluster, cluster_nodes
 from instseg.jobs.devices import describe, plan_evaluators
 from instseg.jobs.diagnose import diagnose
 from instseg.jobs.evaluators import Evaluators
-from instseg.jobs.folder import check_folder
-from instseg.jobs.tracking import Tracker, how_to_open
+from instseg.jobs.roots import check_inputs, check_nodes, check_out
+from instseg.jobs.tracking import SPOOL, Tracker, how_to_open
 from instseg.models.checkpoint import INITIAL_WEIGHTS, check_classes, find_checkpoint, from_json
 from instseg.models.network import InstanceNetwork
 from instseg.report.pictures import save_panel
 from instseg.report.provenance import commit, provenance
 from instseg.report.reliability import save_reliability
 from instseg.report.tables import Evaluation, summary, write_report
+from instseg.storage import StoragePath
 
 Config = TypeVar("Config", bound=AblateConfig)
 
@@ -38,8 +38,12 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             evaluated.
         JobError: If Ray does not start or its actors die again and again.
     """
-    dataset, out = PreparedDataset(config.data), Path(config.out)
-    with running_evaluators(config, dataset) as (config, evaluators), start_tracker(config, "evaluate", out) as tracker:
+    check_inputs(data=config.data, checkpoint=config.checkpoint)
+    dataset, out = PreparedDataset(config.data), StoragePath.of(config.out)
+    with (
+        running_evaluators(config, dataset) as (config, evaluators),
+        start_tracker(config, "evaluate", out.name, dataset) as tracker,
+    ):
         evaluation, records = evaluate_ablation(config, config.ablation, dataset, evaluators, out, tracker)
         text = summary(evaluation)
         if config.diagnose:
@@ -51,11 +55,12 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 @contextmanager
 def running_evaluators(config: Config, dataset: PreparedDataset) -> Iterator[tuple[Config, Evaluators]]:
     """Actors that hold the network, and `config` with what was chosen where it left a choice: model, device, actors."""
-    check_folder(Path(config.out))
+    check_out(config.out)
     if not len(dataset):
         raise ValueError(f"data directory {config.data}: has no images")
     network = build_network(config, dataset)
     with cluster():
+        check_nodes(data=dataset.root)  # the driver alone reads the checkpoint and writes the report
         nodes = cluster_nodes()
         plan = plan_evaluators(config.device, config.num_actors, len(dataset), nodes)
         text = f"evaluating {len(dataset)} images with {plan.num_actors} actors on {plan.device.upper()}s"
@@ -77,7 +82,7 @@ def build_network(config: AblateConfig, dataset: PreparedDataset) -> InstanceNet
         if config.model is not None and config.model.detection_head:
             raise ValueError("model.detection_head: expected False without a checkpoint, as it has no hand-set weights")
         return InstanceNetwork(config.model or ModelConfig(), dataset.num_labels)
-    checkpoint = find_checkpoint(Path(config.checkpoint))
+    checkpoint = find_checkpoint(config.checkpoint)
     check_classes(checkpoint, dataset.classes)
     trained = from_json(ModelConfig, checkpoint.config["model"])
     for name in INITIAL_WEIGHTS:
@@ -91,11 +96,13 @@ def build_network(config: AblateConfig, dataset: PreparedDataset) -> InstanceNet
     return InstanceNetwork.load(checkpoint.folder, config.model or trained, dataset.num_labels)
 
 
-def start_tracker(config: AblateConfig, workflow: str, out: Path, parent: Tracker | None = None) -> Tracker:
+def start_tracker(
+    config: AblateConfig, workflow: str, name: str, dataset: PreparedDataset, parent: Tracker | None = None
+) -> Tracker:
     """The MLflow run of an evaluation, or of one of several of them in a `parent`."""
     tags = {"workflow": workflow, "mlflow.source.git.commit": commit() or "unknown"}
-    spool = Path(config.out) / "mlflow_spool.jsonl"
-    return Tracker.start(config.tracking, out.name, asdict(config), tags, spool, parent, resume=False)
+    params, spool = {**asdict(config), "data_digest": dataset.digest}, StoragePath.of(config.out) / SPOOL
+    return Tracker.start(config.tracking, name, params, tags, spool, parent, resume=False)
 
 
 def evaluate_ablation(
@@ -103,7 +110,7 @@ def evaluate_ablation(
     ablation: Ablation,
     dataset: PreparedDataset,
     evaluators: Evaluators,
-    out: Path,
+    out: StoragePath,
     tracker: Tracker,
 ) -> tuple[Evaluation, list[ImageRecord]]:
     """Score what `ablation` leaves of the network that the actors hold; write and log the report."""
@@ -111,7 +118,7 @@ def evaluate_ablation(
     records = evaluators.records(ablation)
     evaluation = Evaluation.of(records, dataset.classes)
     measured = {"wall_s": time.perf_counter() - began}
-    paths = write_report(evaluation, out, provenance(asdict(config)) | measured)
+    paths = write_report(evaluation, out, provenance(asdict(config), dataset.digest) | measured)
     save_reliability(out / "calibration.png", evaluation.calibration)
     paths.append(out / "calibration.png")
     if config.num_figures:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from instseg.config import TrackingConfig
+from instseg.storage import StoragePath
 
 RUN_KEY = "instseg.run_key"  # the tag by which a run is found again
 RETRY_SECONDS = 30.0  # how long a server that did not answer is left alone
@@ -43,7 +44,7 @@ class Server:
         """Whether the last failure is long enough ago."""
         return time.time() >= self._retry_at
 
-    def send(self, events: list[dict[str, Any]], spool: Path) -> int:
+    def send(self, events: list[dict[str, Any]], spool: StoragePath) -> int:
         """Apply events until one fails; how many are done with."""
         for index, event in enumerate(events):
             try:
@@ -56,7 +57,7 @@ class Server:
                 return index
         return len(events)
 
-    def _fail(self, error: Exception, spool: Path) -> None:
+    def _fail(self, error: Exception, spool: StoragePath) -> None:
         self._client = None
         self._retry_at = time.time() + RETRY_SECONDS
         if not self._warned:
@@ -144,9 +145,9 @@ class Server:
         self._client.log_batch(self._run_id(event["key"]), metrics=metrics)
 
     def _log_artifact(self, event: dict[str, Any]) -> None:
-        if not Path(event["path"]).is_file():
-            raise FileNotFoundError(f"{event['path']} is gone")
-        self._client.log_artifact(self._run_id(event["key"]), event["path"])
+        with StoragePath.of(event["path"]).on_disk() as path:
+            path.stat()  # what is gone is gone, and no reason to try again
+            self._client.log_artifact(self._run_id(event["key"]), str(path))
 
 
 def resolve_uri(config: TrackingConfig) -> str:

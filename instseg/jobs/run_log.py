@@ -1,77 +1,114 @@
-"""The log of a training run: workers append lines to a file, and the driver shows them while it waits."""
+"""Lines of a training run, which its processes on any node send to the driver, and the driver prints."""
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TextIO
+from typing import Any
 
-LOG = "train.log"
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 _LINE_EVERY_S = 10.0
+_POLL_S = 0.5
 
 
-def log_line(run: str, text: str) -> None:
-    """Append a line to the log of the run directory."""
-    with (Path(run) / LOG).open("a") as file:
-        file.write(f"{text}\n")
+class RunLog:
+    """The way to the driver; may be sent to other processes. `shown` makes it."""
+
+    def __init__(self, lines: Any) -> None:
+        self._lines = lines
+
+    def line(self, text: str) -> None:
+        """Send a line; returns when it is where the driver looks."""
+        ray.get(self._lines.add.remote(text))
+
+    def line_soon(self, text: str) -> None:
+        """Send a line, and do not wait."""
+        self._lines.add.remote(text)
+
+
+class _Lines:
+    """The actor: lines that the driver has not printed yet."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def add(self, text: str) -> None:
+        self._lines.append(text)
+
+    def take(self) -> list[str]:
+        taken, self._lines = self._lines, []
+        return taken
 
 
 @contextmanager
-def shown(run: str) -> Iterator[None]:
-    """Print what is appended to the log. Ray would forward the workers' output with its own processes' noise."""
-    log = Path(run) / LOG
-    log.touch()
+def shown() -> Iterator[RunLog]:
+    """Print what is sent, for as long as the context lasts.
+
+    Ray would forward the workers' output with its own processes' noise, and a file would need a disk in common.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    lines: Any = ray.remote(num_cpus=0)(_Lines).options(scheduling_strategy=here).remote()  # pyright: ignore
     done = threading.Event()
 
-    def forward(file: TextIO) -> None:
+    def forward() -> None:
         finished = False
         while not finished:
-            finished = done.wait(0.5)
-            print(file.read(), end="", flush=True)
+            finished = done.wait(_POLL_S)
+            for line in ray.get(lines.take.remote()):
+                print(line, flush=True)
 
-    with log.open() as file:
-        file.seek(0, os.SEEK_END)
-        thread = threading.Thread(target=forward, args=(file,))
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
+    thread = threading.Thread(target=forward)
+    thread.start()
+    try:
+        yield RunLog(lines)
+    finally:
+        done.set()
+        thread.join()
+        ray.kill(lines)
 
 
 class EpochLog:
-    """Logs the mean losses of an epoch so far, every few seconds.
+    """Sends a line every few seconds: mean losses of an epoch so far, speed, waiting for data, time left.
 
     Args:
-        run: The run directory.
-        epoch: The epoch in words, e.g. "epoch 1/30".
-        num_steps: How many steps it has.
+        log: The way to the driver.
+        epoch: From 0.
+        num_epochs: Of the run.
+        num_steps: Of an epoch.
         num_workers: Images a step.
     """
 
-    def __init__(self, run: str, epoch: str, num_steps: int, num_workers: int) -> None:
-        self.run = run
+    def __init__(self, log: RunLog, epoch: int, num_epochs: int, num_steps: int, num_workers: int) -> None:
+        self.log = log
         self.epoch = epoch
+        self.num_epochs = num_epochs
         self.num_steps = num_steps
         self.num_workers = num_workers
         self.sums: dict[str, float] = {}
+        self.wait_ms = 0.0
         self.start = self.last = time.monotonic()
 
-    def add(self, index: int, losses: Mapping[str, float]) -> None:
-        """Take in the losses of step `index`."""
+    def add(self, index: int, losses: Mapping[str, float], wait_ms: float) -> None:
+        """Take in the losses of step `index`, and how long it waited for its image."""
         self.sums = {name: self.sums.get(name, 0.0) + loss for name, loss in losses.items()}
+        self.wait_ms += wait_ms
         now = time.monotonic()
         if now - self.last > _LINE_EVERY_S:
             self.last = now
-            means = {name: total / (index + 1) for name, total in self.sums.items()}
-            rate = (index + 1) * self.num_workers / (now - self.start)
-            step = f"{self.epoch}, step {index + 1}/{self.num_steps}"
-            log_line(self.run, f"{step}: {in_words(means)}, {rate:.2f} images/s")
+            self.log.line_soon(self._line(index + 1, now - self.start))
+
+    def _line(self, num_done: int, seconds: float) -> str:
+        means = {name: total / num_done for name, total in self.sums.items()}
+        num_left = (self.num_epochs - self.epoch) * self.num_steps - num_done
+        return (
+            f"epoch {self.epoch + 1}/{self.num_epochs}, step {num_done}/{self.num_steps}: {in_words(means)}, "
+            f"{num_done * self.num_workers / seconds:.2f} images/s, data wait {self.wait_ms / seconds / 10:.1f} %, "
+            f"about {num_left * seconds / num_done / 60:.0f} min left"
+        )
 
 
 def in_words(losses: Mapping[str, float]) -> str:

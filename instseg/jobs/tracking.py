@@ -1,25 +1,25 @@
 """The record of a run in MLflow, and what happens while MLflow cannot be reached.
 
-Every event is first appended to a spool file (JSON lines) and removed once MLflow has taken it, so an outage,
-or a driver that dies, delays the record instead of losing it. An event may reach the server twice; the second
-time changes nothing. The file itself, even an empty one, says that the run has not been finished in MLflow.
+What MLflow does not take waits in a spool file (JSON lines) in the run directory, so an outage delays the record
+instead of losing it. An event may reach the server twice; the second time changes nothing. The file itself, even an
+empty one, says that the run has not been finished in MLflow.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 import uuid
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
 from instseg.config import TrackingConfig
 from instseg.jobs.mlflow_server import Server, resolve_uri
+from instseg.storage import Place, StoragePath
 
+SPOOL = "mlflow_spool.jsonl"
 log = logging.getLogger(__name__)
 
 
@@ -29,7 +29,7 @@ class Tracker:
     May be pickled to another process, which then logs to the same run. A context manager; or call `finish`.
     """
 
-    def __init__(self, server: Server, key: str, spool: Path) -> None:
+    def __init__(self, server: Server, key: str, spool: StoragePath) -> None:
         self._server = server
         self._key = key
         self._spool = spool
@@ -40,7 +40,7 @@ class Tracker:
         run_name: str,
         params: Mapping[str, Any],
         tags: Mapping[str, str],
-        spool: str | os.PathLike[str],
+        spool: Place,
         parent: Tracker | None = None,
         resume: bool = True,
     ) -> Tracker:
@@ -56,17 +56,18 @@ class Tracker:
             resume: Continue the run that was started with this spool before, found by its tag. A run
                 directory that was deleted in between gets a new run.
         """
-        spool = Path(spool).absolute()
-        spool.parent.mkdir(parents=True, exist_ok=True)
+        place = StoragePath.of(spool)
         server = parent._server if parent else Server(config)
-        tracker = Tracker(server, _run_key(spool, resume), spool)
-        tracker._flush(retry_now=True)
+        tracker = Tracker(server, _run_key(place, resume), place)
         tracker._emit(
-            "start",
-            name=run_name,
-            params=_flatten(params),
-            tags=dict(tags),
-            parent=parent._key if parent else None,
+            tracker._event(
+                "start",
+                name=run_name,
+                params=_flatten(params),
+                tags=dict(tags),
+                parent=parent._key if parent else None,
+            ),
+            retry_now=True,
         )
         return tracker
 
@@ -77,16 +78,20 @@ class Tracker:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0, time_ms: int | None = None) -> None:
         """Record numbers, by default as of now; the same numbers, step and time again change nothing."""
-        values = {name: float(value) for name, value in metrics.items()}
-        self._emit("metrics", time_ms=time_ms, metrics=values, step=step)
+        self.log_points([(step, metrics)], time_ms)
 
-    def log_artifact(self, path: str | os.PathLike[str]) -> None:
+    def log_points(self, points: Iterable[tuple[int, Mapping[str, float]]], time_ms: int | None = None) -> None:
+        """Record numbers of several steps."""
+        rows = [(step, {name: float(value) for name, value in metrics.items()}) for step, metrics in points]
+        self._emit(*(self._event("metrics", time_ms, metrics=metrics, step=step) for step, metrics in rows))
+
+    def log_artifact(self, place: Place) -> None:
         """Copy a file to the run. The file must stay where it is until MLflow has answered."""
-        self._emit("artifact", path=str(Path(path).absolute()))
+        self._emit(self._event("artifact", path=str(StoragePath.of(place))))
 
     def finish(self, status: str = "FINISHED") -> None:
         """End the run as FINISHED, FAILED or KILLED."""
-        self._emit("finish", retry_now=True, status=status)
+        self._emit(self._event("finish", status=status), retry_now=True)
 
     def __enter__(self) -> Tracker:
         return self
@@ -97,24 +102,19 @@ class Tracker:
         killed = kind is not None and not issubclass(kind, Exception)
         self.finish("KILLED" if killed else "FAILED" if kind else "FINISHED")
 
-    def _emit(self, op: str, retry_now: bool = False, time_ms: int | None = None, **fields: Any) -> None:
-        event = {"op": op, "key": self._key, "time_ms": time_ms or int(time.time() * 1000), **fields}
-        with self._spool.open("a") as file:
-            file.write(json.dumps(event) + "\n")
-        self._flush(retry_now)
+    def _event(self, op: str, time_ms: int | None = None, **fields: Any) -> dict[str, Any]:
+        return {"op": op, "key": self._key, "time_ms": time_ms or int(time.time() * 1000), **fields}
 
-    def _flush(self, retry_now: bool = False) -> None:
-        """Send the spool in order up to the first event that the server does not take."""
-        if not self._spool.exists() or not (retry_now or self._server.worth_trying()):
-            return
-        events = _read_events(self._spool)
-        num_sent = self._server.send(events, self._spool)
-        if events and num_sent == len(events) and events[-1]["op"] == "finish":
-            self._spool.unlink()
-            return
-        rest = self._spool.with_suffix(".tmp")
-        rest.write_text("".join(json.dumps(event) + "\n" for event in events[num_sent:]))
-        rest.replace(self._spool)
+    def _emit(self, *events: dict[str, Any], retry_now: bool = False) -> None:
+        """Send what waits, then these, up to the first that the server does not take; that and the rest wait."""
+        before = _read(self._spool)
+        waiting = [*_events(before or "", self._spool), *events]
+        num_sent = self._server.send(waiting, self._spool) if retry_now or self._server.worth_trying() else 0
+        after = "".join(json.dumps(event) + "\n" for event in waiting[num_sent:])
+        if not after and events[-1]["op"] == "finish":
+            self._spool.delete()
+        elif after != before:
+            self._spool.publish(after.encode())
 
 
 def how_to_open(config: TrackingConfig) -> str:
@@ -123,20 +123,31 @@ def how_to_open(config: TrackingConfig) -> str:
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
 
 
-def _run_key(spool: Path, resume: bool) -> str:
+def _run_key(spool: StoragePath, resume: bool) -> str:
     """Key of the run. It lives in the run directory: a fresh directory of the same name is a new run."""
-    key, path = uuid.uuid4().hex, spool.with_suffix(".key")
-    if resume and not path.exists():
-        path.write_text(key)
-    return path.read_text() if resume else key
+    new = uuid.uuid4().hex
+    if not resume:
+        return new
+    place = spool.parent / f"{spool.name.partition('.')[0]}.key"
+    if (there := _read(place)) is None:
+        place.publish(new.encode())
+    return there or new
 
 
-def _read_events(spool: Path) -> list[dict[str, Any]]:
+def _read(place: StoragePath) -> str | None:
+    """The text of a file; None if there is none."""
+    try:
+        return place.read_bytes().decode()
+    except FileNotFoundError:
+        return None
+
+
+def _events(text: str, spool: StoragePath) -> list[dict[str, Any]]:
     events = []
-    for line in spool.read_text().splitlines():
+    for line in text.splitlines():
         try:
             events.append(json.loads(line))
-        except json.JSONDecodeError:  # a process was killed while writing its last line
+        except json.JSONDecodeError:  # an earlier version appended to the file, and could be killed doing so
             log.warning("%s: a torn line was left out: %.80s", spool, line)
     return events
 

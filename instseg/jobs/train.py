@@ -6,24 +6,23 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 from instseg.config import TrainConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.data.folds import training_images
 from instseg.jobs.cluster import cluster, cluster_nodes
 from instseg.jobs.devices import describe, training_device
-from instseg.jobs.folder import check_folder
-from instseg.jobs.tracking import Tracker
+from instseg.jobs.roots import check_inputs, check_nodes, check_out
+from instseg.jobs.tracking import SPOOL, Tracker
 from instseg.jobs.train_checks import check_data, check_model, check_same_run
 from instseg.jobs.train_fit import fit, log_epoch
 from instseg.jobs.train_loop import training_settings
-from instseg.models.checkpoint import Checkpoint, find_checkpoint, latest_checkpoint
+from instseg.models.checkpoint import CONFIG, FOLDER, MODEL, Checkpoint, find_checkpoint, latest_checkpoint
+from instseg.models.semantic import FCN8S
+from instseg.storage import StoragePath
 
-_SPOOL = "mlflow_spool.jsonl"
 
-
-def train(config: TrainConfig, parent: Tracker | None = None) -> Path:
+def train(config: TrainConfig, parent: Tracker | None = None) -> StoragePath:
     """Train to `num_epochs`, continuing from the run directory's latest checkpoint; do nothing if that is there.
 
     Uses the Ray cluster that this process is connected to, or the one at RAY_ADDRESS, or starts one on this machine
@@ -45,12 +44,13 @@ def train(config: TrainConfig, parent: Tracker | None = None) -> Path:
         JobError: If Ray does not start, or workers were killed more than `max_failures` times.
         ray.train.TrainingFailedError: If workers failed as often for another reason.
     """
-    check_folder(Path(config.out))
+    check_inputs(data=config.data)
+    run = check_out(config.out)
+    check_out(run / FOLDER)
     dataset = training_images(config)
     check_data(config, dataset)
     check_model(config.model, dataset.num_labels)
     config = _with_absolute_paths(config)
-    run = Path(config.out)
     checkpoint = latest_checkpoint(run)
     if checkpoint is not None:
         check_same_run(checkpoint, training_settings(config, dataset))
@@ -59,7 +59,9 @@ def train(config: TrainConfig, parent: Tracker | None = None) -> Path:
         _continue(config, dataset, checkpoint, parent)
     else:
         print(f"nothing to do: {run} has finished its {epoch} epochs", flush=True)
-        if (run / _SPOOL).exists():  # MLflow could not be reached, or the driver was killed before it had logged all
+        if (
+            run / SPOOL
+        ).size() is not None:  # MLflow could not be reached, or the driver was killed before it had logged all
             with _recorded(config, dataset, checkpoint, parent):
                 pass
     checkpoint = find_checkpoint(run)
@@ -69,16 +71,23 @@ def train(config: TrainConfig, parent: Tracker | None = None) -> Path:
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Ray's workers have another current directory."""
+    if (weights := _weights(config)) is not None:
+        config = replace(config, model=replace(config.model, semantic_weights=str(weights)))
+    return replace(config, data=str(StoragePath.of(config.data)), out=str(StoragePath.of(config.out)))
+
+
+def _weights(config: TrainConfig) -> StoragePath | None:
+    """The file of initial weights, where there is one; torchvision's are a word."""
     weights = config.model.semantic_weights
-    if weights is not None and Path(weights).exists():
-        config = replace(config, model=replace(config.model, semantic_weights=str(Path(weights).resolve())))
-    return replace(config, data=str(Path(config.data).resolve()), out=str(Path(config.out).resolve()))
+    return StoragePath.of(weights) if weights is not None and config.model.semantic == FCN8S else None
 
 
 def _continue(
     config: TrainConfig, dataset: PreparedDataset, checkpoint: Checkpoint | None, parent: Tracker | None
 ) -> None:
     with cluster():
+        places = {"data": StoragePath.of(config.data), "out": StoragePath.of(config.out)}
+        check_nodes(**places, model_semantic_weights=_weights(config))
         config = _with_device(config)
         epoch = checkpoint.state["epoch"] if checkpoint else 0
         print(
@@ -87,17 +96,18 @@ def _continue(
             flush=True,
         )
         with _recorded(config, dataset, checkpoint, parent) as tracker:
-            fit(config, tracker, epoch)
+            fit(config, training_settings(config, dataset), tracker, epoch)
 
 
 def _with_device(config: TrainConfig) -> TrainConfig:
     """Decide what "auto" means in this cluster, and say so where that leaves a GPU without work."""
     nodes = cluster_nodes()
-    device = training_device(config.device, config.num_workers, config.cpus_per_worker, nodes)
+    num_workers, _ = config.worker_range
+    device = training_device(config.device, num_workers, config.cpus_per_worker, nodes)
     num_gpus = sum(node.gpus for node in nodes)
     if config.device == "auto" and device == "cpu" and num_gpus:
         print(
-            f"warning: training on CPUs, because {config.num_workers} workers need a GPU each and the cluster has "
+            f"warning: training on CPUs, because {num_workers} workers need a GPU each and the cluster has "
             f"{describe(nodes)}. --num-workers {num_gpus} would use what is there, with {num_gpus} images a step; "
             "--device cpu is this without the warning",
             file=sys.stderr,
@@ -111,14 +121,15 @@ def _recorded(
     config: TrainConfig, dataset: PreparedDataset, checkpoint: Checkpoint | None, parent: Tracker | None
 ) -> Iterator[Tracker]:
     """The MLflow run: first what the checkpoint knows of it, at the end the latest checkpoint itself."""
-    run, settings = Path(config.out), training_settings(config, dataset)
+    run, settings = StoragePath.of(config.out), training_settings(config, dataset)
     name = run.parent.name if parent else run.name
-    with Tracker.start(config.tracking, name, settings, {"workflow": "train"}, run / _SPOOL, parent) as tracker:
+    tags = {"workflow": "train", "mlflow.source.git.commit": settings["provenance"]["commit"] or "unknown"}
+    with Tracker.start(config.tracking, name, settings, tags, run / SPOOL, parent) as tracker:
         _log_records(tracker, checkpoint)
         yield tracker
         latest = find_checkpoint(run)
         _log_records(tracker, latest)  # workers that died after their last checkpoint have not reported it
-        for name in ("model.safetensors", "config.json"):
+        for name in (MODEL, CONFIG):
             tracker.log_artifact(latest.folder / name)
 
 

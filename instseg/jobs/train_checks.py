@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +13,19 @@ from instseg.data.dataset import PreparedDataset
 from instseg.models.checkpoint import Checkpoint, check_classes
 from instseg.models.network import InstanceNetwork
 from instseg.models.semantic import FCN8S, LOGITS
+from instseg.storage import StoragePath
 
 # What may differ between a run and its continuation: where things are, and how long and how safely to go on.
-_FREE = {"out", "data", "semantic_weights", "cpus_per_worker", "device", "max_failures", "keep_checkpoints"}
+_FREE = {
+    "out",
+    "data",
+    "semantic_weights",
+    "cpus_per_worker",
+    "device",
+    "max_failures",
+    "keep_checkpoints",
+    "provenance",
+}
 
 
 def check_data(config: TrainConfig, dataset: PreparedDataset) -> None:
@@ -41,7 +50,7 @@ def check_model(config: ModelConfig, num_labels: int) -> None:
     with torch.device("meta"):  # takes no time and no memory
         InstanceNetwork(replace(config, semantic_weights=None), num_labels)
     weights = config.semantic_weights
-    if config.semantic == FCN8S and weights is not None and not Path(weights).is_file():
+    if config.semantic == FCN8S and weights is not None and StoragePath.of(weights).size() is None:
         raise FileNotFoundError(f"model.semantic_weights: no file {weights}")
 
 
@@ -50,10 +59,12 @@ def check_same_run(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
     check_classes(checkpoint, settings["classes"])
     # The cosine's length is `num_epochs`; a constant rate can go on for any time.
     free = {"num_epochs"} if settings["train"]["learning_rate_schedule"] == "constant" else set()
-    check_same_settings(checkpoint.folder.parents[1], checkpoint.config, settings, free)
+    check_same_settings(checkpoint.folder.parent.parent, checkpoint.config, settings, free)
 
 
-def check_same_settings(run: Path, before: dict[str, Any], now: dict[str, Any], free: Set[str] = frozenset()) -> None:
+def check_same_settings(
+    run: StoragePath, before: dict[str, Any], now: dict[str, Any], free: Set[str] = frozenset()
+) -> None:
     """Raise ValueError if `now` differs from the settings `before` of a run in what decides its outcome.
 
     Args:
@@ -62,7 +73,13 @@ def check_same_settings(run: Path, before: dict[str, Any], now: dict[str, Any], 
         now: Settings as JSON values.
         free: Fields that may differ, besides those that always may.
     """
-    before, now = _leaves(before, _FREE | free), _leaves(now, _FREE | free)
+    if (digest := before.get("data_digest")) not in (None, now.get("data_digest")):  # None: of an earlier version
+        raise ValueError(
+            f"out: {run} was trained on other data (digest {digest[:12]}, not {now['data_digest'][:12]}); give the "
+            "--data that it was trained on to continue, or another --out"
+        )
+    free = _FREE | free | {"data_digest"}
+    before, now = _leaves(before, free), _leaves(now, free)
     for name in now | before:
         old, new = before.get(name), now.get(name)
         if old != new:
@@ -76,7 +93,7 @@ def check_same_settings(run: Path, before: dict[str, Any], now: dict[str, Any], 
 def _leaves(settings: dict[str, Any], free: Set[str], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for name, value in settings.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name not in free:
             leaves |= _leaves(value, free, f"{prefix}{name}.")
         elif name not in free:
             leaves[prefix + name] = value

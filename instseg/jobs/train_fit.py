@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,13 +14,25 @@ from ray.train.torch import TorchTrainer
 
 from instseg.config import TrainConfig
 from instseg.jobs.cluster import JobError
-from instseg.jobs.run_log import in_words, log_line, shown
+from instseg.jobs.run_log import RunLog, in_words, shown
 from instseg.jobs.tracking import Tracker
-from instseg.jobs.train_loop import train_loop
+from instseg.jobs.train_loop import Loop, train_loop
+from instseg.models.checkpoint import FOLDER
+from instseg.storage import StoragePath
+
+# Ray Train's own list of the run's checkpoints, beside them. It refuses to start where the list and the folder differ,
+# as after a crash; what is there is read off the folder instead.
+_RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
-def fit(config: TrainConfig, tracker: Tracker, epoch: int) -> None:
+def fit(config: TrainConfig, settings: dict[str, Any], tracker: Tracker, epoch: int) -> None:
     """Train in workers of the running cluster, on `config.device`; print their log, record each epoch after `epoch`.
+
+    Args:
+        config: The run, paths absolute.
+        settings: `training_settings`, for the checkpoints.
+        tracker: Of the MLflow run.
+        epoch: The latest that is recorded there.
 
     Raises:
         ValueError, OSError, FloatingPointError: As the worker did.
@@ -30,38 +40,38 @@ def fit(config: TrainConfig, tracker: Tracker, epoch: int) -> None:
         KeyboardInterrupt: On Ctrl-C.
         ray.train.TrainingFailedError: With the worker's traceback, whatever else it was.
     """
-    ray_folder = Path(config.out) / "ray"
-    trainer = TorchTrainer(
-        train_loop,
-        train_loop_config={"config": config},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.num_workers,
-            use_gpu=config.device == "gpu",
-            resources_per_worker={"CPU": config.cpus_per_worker},
-        ),
-        run_config=ray.train.RunConfig(
-            name=ray_folder.name,
-            storage_path=config.out,
-            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            callbacks=[_Report(tracker, config, epoch)],
-        ),
-    )
+    run = StoragePath.of(config.out)
+    filesystem, path = run.filesystem
+    (run / FOLDER / _RAY_SNAPSHOT).delete()
+    fewest, most = config.worker_range
     try:
-        with shown(config.out), _interruptible():
-            trainer.fit()
+        with shown() as log, _interruptible():
+            TorchTrainer(
+                train_loop,
+                train_loop_config={"loop": Loop(config, settings, log)},
+                scaling_config=ray.train.ScalingConfig(
+                    num_workers=fewest if fewest == most else (fewest, most),
+                    use_gpu=config.device == "gpu",
+                    resources_per_worker={"CPU": config.cpus_per_worker},
+                ),
+                run_config=ray.train.RunConfig(
+                    name=FOLDER,
+                    storage_path=path,
+                    storage_filesystem=filesystem,
+                    # Workers of nodes that were reclaimed are replaced without limit, and count as no failures.
+                    failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+                    callbacks=[_Report(tracker, log, config.num_epochs, epoch)],
+                ),
+            ).fit()
     except ray.train.TrainingFailedError as error:
         raise _reason(error) from error
-    finally:
-        shutil.rmtree(ray_folder, ignore_errors=True)
 
 
 def log_epoch(tracker: Tracker, record: dict[str, Any]) -> None:
     """Log what `train_loop` recorded of an epoch. Once more changes nothing."""
-    for step, losses in record["points"]:
-        tracker.log_metrics(losses, step, record["time_ms"])
     epoch = {f"epoch_{name}": loss for name, loss in record["losses"].items()}
     epoch["images_per_second"] = record["images_per_second"]
-    tracker.log_metrics(epoch, record["step"], record["time_ms"])
+    tracker.log_points([*record["points"], (record["step"], epoch)], record["time_ms"])
 
 
 @contextmanager
@@ -98,9 +108,10 @@ def _last_line(error: Exception) -> str:
 class _Report(ray.train.UserCallback):
     """Records each epoch. It lives in Ray Train's controller, a process on the driver's machine."""
 
-    def __init__(self, tracker: Tracker, config: TrainConfig, epoch: int) -> None:
+    def __init__(self, tracker: Tracker, log: RunLog, num_epochs: int, epoch: int) -> None:
         self.tracker = tracker
-        self.config = config
+        self.log = log
+        self.num_epochs = num_epochs
         self.epoch = epoch  # the latest that is recorded
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
@@ -112,13 +123,12 @@ class _Report(ray.train.UserCallback):
 
     def _log(self, record: dict[str, Any]) -> None:
         log_epoch(self.tracker, record)
-        log_line(
-            self.config.out,
-            f"epoch {record['epoch']}/{self.config.num_epochs} done, step {record['step']}: "
-            f"{in_words(record['losses'])}, {record['images_per_second']:.2f} images/s",
+        self.log.line(
+            f"epoch {record['epoch']}/{self.num_epochs} done, step {record['step']}: {in_words(record['losses'])}, "
+            f"{record['images_per_second']:.2f} images/s, data wait {record['data_wait_ms']:.1f} ms a step"
         )
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Name the worker that failed; Ray Train restarts all of them from the latest checkpoint."""
         for rank, error in worker_exceptions.items():
-            log_line(self.config.out, f"worker {rank} failed: {_last_line(error)}")
+            self.log.line(f"worker {rank} failed: {_last_line(error)}")

@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 import math
-import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 from torch.utils.data.distributed import DistributedSampler
 
 from instseg.config import TrainConfig
-from instseg.data.dataset import PreparedDataset
+from instseg.data.dataset import PreparedDataset, read_ahead
 from instseg.data.folds import training_images
-from instseg.evaluation.matching import match_boxes
-from instseg.jobs.run_log import EpochLog
+from instseg.jobs.run_log import EpochLog, RunLog
 from instseg.models.checkpoint import (
     FOLDER,
     Checkpoint,
     epoch_folder,
     latest_checkpoint,
-    save_checkpoint,
+    prune_checkpoints,
+    publish_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
 )
 from instseg.models.network import InstanceNetwork
+from instseg.report.provenance import origin
+from instseg.storage import StoragePath
 from instseg.structures import Sample
-from instseg.training.detection_loss import detection_loss, jitter_boxes
-from instseg.training.losses import instance_loss, semantic_loss
+from instseg.training.objective import Objective
 from instseg.training.optimizer import (
     build_optimizer,
     optimizer_tensors,
@@ -46,63 +48,22 @@ _STEPS_PER_POINT = 10  # of the curves in MLflow
 # A checkpoint has the records of as many epochs as the driver may not have logged when it dies: one that waits in
 # Ray Train's queue, which holds one, one that waits for its place there, and one that is being logged.
 _NUM_RECORDS = 3
+_WAIT = "data_wait_ms"
 
 
-class Objective(nn.Module):
-    """The losses of one sample. This is what DDP wraps, so that forward and loss are one graph to it.
+@dataclass(frozen=True)
+class Loop:
+    """What the driver hands to each worker.
 
-    Args:
-        network: The network to train.
-        config: Weights of the losses.
+    Attributes:
+        config: The run; paths absolute.
+        settings: `training_settings`, of which each checkpoint has a copy.
+        log: For lines that the driver prints.
     """
 
-    def __init__(self, network: InstanceNetwork, config: TrainConfig) -> None:
-        super().__init__()
-        self.network = network
-        self.config = config
-
-    def forward(self, sample: Sample, head_only: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total, and the losses that it is made of by name, scalars.
-
-        Args:
-            sample: With ground truth.
-            head_only: Leave the CRFs out: they take most of the time, and the detection head needs many epochs.
-        """
-        losses = self._head_loss(sample) if head_only else self._losses(sample)
-        weights = {"semantic_loss": self.config.semantic_loss_weight, "instance_loss": self.config.instance_loss_weight}
-        total = torch.stack([weights.get(name, 1.0) * loss for name, loss in losses.items()]).sum()
-        # What an ablation or the first epochs leave out is not in the graph; DDP waits for every parameter's gradient.
-        # A semantic network is in it after them, and too large to be summed at each step for nothing.
-        network = self.network
-        absent = network.parameters() if head_only else (*network.crf_parameters(), *network.head_parameters())
-        return total + 0 * torch.stack([p.sum() for p in absent]).sum(), losses
-
-    def _head_loss(self, sample: Sample) -> dict[str, Tensor]:
-        with torch.no_grad():  # the semantic network's rate is 0 in these epochs
-            logits = self.network.semantic_logits(sample)
-        matches = _matches(sample)
-        jittered = replace(sample, detections=jitter_boxes(sample.detections, *sample.image.shape[:2]))
-        seen = self.network.see_detections(jittered, logits, matches >= 0)
-        return {"detection_loss": detection_loss(seen, jittered.detections, matches, sample.known_instances)}
-
-    def _losses(self, sample: Sample) -> dict[str, Tensor]:
-        config, output = self.config, self.network(sample, self.config.ablation)
-        labels, truth = sample.detections.labels, (sample.known_instances, sample.instance_labels)
-        floor = config.probability_floor
-        losses = {
-            "semantic_loss": semantic_loss(output.log_q, sample.semantic, floor),
-            "instance_loss": instance_loss(output.instance_log_q, labels, *truth, config.instance_loss, floor),
-        }
-        if (seen := output.detections.seen) is not None:
-            losses["detection_loss"] = detection_loss(seen, sample.detections, _matches(sample), truth[0])
-        return losses
-
-
-def _matches(sample: Sample) -> np.ndarray:
-    """(D,) index of the instance that each detection has found, or -1."""
-    if (truth := sample.known_instances) is None:
-        return np.full(len(sample.detections), -1)
-    return match_boxes(sample.detections, truth, sample.instance_labels)
+    config: TrainConfig
+    settings: dict[str, Any]
+    log: RunLog
 
 
 @dataclass
@@ -110,12 +71,15 @@ class _Worker:
     """A worker's state between epochs."""
 
     config: TrainConfig
+    settings: dict[str, Any]
+    log: RunLog
     dataset: PreparedDataset
     network: InstanceNetwork
     objective: nn.Module  # `Objective`, wrapped by DDP where there is more than one worker
     optimizer: torch.optim.Adam
     rank: int
     num_workers: int
+    step: int  # steps that were taken by all of this run's workers, however many they were
     records: list[dict[str, Any]]  # of the latest epochs
 
     @property
@@ -123,25 +87,37 @@ class _Worker:
         return math.ceil(len(self.dataset) / self.num_workers)
 
 
-def train_loop(loop_config: dict[str, TrainConfig]) -> None:
+def train_loop(loop_config: dict[str, Loop]) -> None:
     """Train from the latest checkpoint of the run directory, or from the start (the function that Ray Train runs).
 
     Args:
-        loop_config: The one entry "config"; its paths are absolute.
+        loop_config: The one entry "loop".
     """
-    config = loop_config["config"]
+    loop = loop_config["loop"]
+    config = loop.config
     torch.set_num_threads(config.cpus_per_worker)
-    checkpoint = latest_checkpoint(Path(config.out))
-    worker = _build(config, checkpoint)
+    checkpoint = _agree_on_checkpoint(StoragePath.of(config.out))
+    worker = _build(loop, checkpoint)
     for epoch in range(checkpoint.state["epoch"] if checkpoint else 0, config.num_epochs):
         start = time.monotonic()
-        losses = _mean_over_workers(list(_train_epoch(worker, epoch)), worker)
-        record = _record(worker, epoch, losses, time.monotonic() - start)
-        worker.records = [*worker.records, record][-_NUM_RECORDS:]
-        if worker.rank == 0:
-            _save(worker, epoch + 1)
-        # Ray is told the numbers alone: its own record of checkpoints would be a second truth beside the manifests.
-        ray.train.report({"records": worker.records})
+        curves = _mean_over_workers(list(_train_epoch(worker, epoch)), worker)
+        worker.step += worker.steps_per_epoch
+        worker.records = [*worker.records, _record(worker, epoch, curves, time.monotonic() - start)][-_NUM_RECORDS:]
+        _report(worker, epoch + 1)
+
+
+def _agree_on_checkpoint(run: StoragePath) -> Checkpoint | None:
+    """The newest complete checkpoint as rank 0 finds it, so that all workers start from the same.
+
+    Not what Ray Train remembers as reported: a worker that died after it had saved left a newer one, and what was
+    reported may be damaged by now.
+    """
+    if ray.train.get_context().get_world_rank() > 0:
+        folder = ray.train.collective.broadcast_from_rank_zero(None)
+        return read_checkpoint(folder) if folder else None
+    checkpoint = latest_checkpoint(run)
+    ray.train.collective.broadcast_from_rank_zero(str(checkpoint.folder) if checkpoint else None)
+    return checkpoint
 
 
 def training_settings(config: TrainConfig, dataset: PreparedDataset) -> dict[str, Any]:
@@ -150,11 +126,14 @@ def training_settings(config: TrainConfig, dataset: PreparedDataset) -> dict[str
         "model": asdict(config.model),
         "num_labels": dataset.num_labels,
         "classes": list(dataset.classes),
+        "data_digest": dataset.digest,
         "train": {name: value for name, value in asdict(config).items() if name not in ("model", "tracking")},
+        "provenance": origin(),
     }
 
 
-def _build(config: TrainConfig, checkpoint: Checkpoint | None) -> _Worker:
+def _build(loop: Loop, checkpoint: Checkpoint | None) -> _Worker:
+    config = loop.config
     dataset = training_images(config)
     torch.manual_seed(config.seed)
     model = replace(config.model, semantic_weights=None) if checkpoint else config.model
@@ -171,17 +150,26 @@ def _build(config: TrainConfig, checkpoint: Checkpoint | None) -> _Worker:
     if checkpoint:
         restore_optimizer(optimizer, network, checkpoint)
     context = ray.train.get_context()
-    rank, num_workers = context.get_world_rank(), context.get_world_size()
-    records = checkpoint.state.get("records", []) if checkpoint else []
-    return _Worker(config, dataset, network, objective, optimizer, rank, num_workers, records)
+    state = checkpoint.state if checkpoint else {}
+    return _Worker(
+        **vars(loop),
+        dataset=dataset,
+        network=network,
+        objective=objective,
+        optimizer=optimizer,
+        rank=context.get_world_rank(),
+        num_workers=context.get_world_size(),
+        step=state.get("step", 0),
+        records=state.get("records", []),
+    )
 
 
 def _train_epoch(worker: _Worker, epoch: int) -> Iterator[dict[str, float]]:
-    """Train on every image once; the losses of each step by name."""
+    """Train on every image once; the losses of each step by name, and the milliseconds that it waited for its image."""
     config = worker.config
     head_only = epoch < config.num_head_epochs
-    log = EpochLog(config.out, f"epoch {epoch + 1}/{config.num_epochs}", worker.steps_per_epoch, worker.num_workers)
-    for index, sample in enumerate(_samples(worker, epoch)):
+    log = EpochLog(worker.log, epoch, config.num_epochs, worker.steps_per_epoch, worker.num_workers)
+    for index, (sample, wait_ms) in enumerate(_samples(worker, epoch)):
         step = epoch * worker.steps_per_epoch + index
         # Dropout depends on the step alone, so that a resumed run repeats an uninterrupted one bit by bit.
         torch.manual_seed(hash((config.seed, step, worker.rank)) % 2**63)
@@ -194,8 +182,8 @@ def _train_epoch(worker: _Worker, epoch: int) -> Iterator[dict[str, float]]:
         take_step(worker.optimizer)
         values = {name: loss.item() for name, loss in losses.items()}
         if worker.rank == 0:
-            log.add(index, values)
-        yield values
+            log.add(index, values, wait_ms)
+        yield {**values, _WAIT: wait_ms}
 
 
 def _mean_over_workers(losses: list[dict[str, float]], worker: _Worker) -> dict[str, list[float]]:
@@ -207,20 +195,22 @@ def _mean_over_workers(losses: list[dict[str, float]], worker: _Worker) -> dict[
     return dict(zip(losses[0], (sums / worker.num_workers).T.tolist(), strict=True))
 
 
-def _record(worker: _Worker, epoch: int, losses: dict[str, list[float]], seconds: float) -> dict[str, Any]:
-    """What the driver logs of an epoch, as JSON values."""
+def _record(worker: _Worker, epoch: int, curves: dict[str, list[float]], seconds: float) -> dict[str, Any]:
+    """What the driver logs of an epoch that was just finished, as JSON values."""
     num_steps = worker.steps_per_epoch
+    first = worker.step - num_steps
     spans = [(begin, min(begin + _STEPS_PER_POINT, num_steps)) for begin in range(0, num_steps, _STEPS_PER_POINT)]
+    means = {name: _mean(curve) for name, curve in curves.items()}
     return {
         "epoch": epoch + 1,
-        "step": (epoch + 1) * num_steps,
+        "step": worker.step,
         "time_ms": int(time.time() * 1000),
         "points": [
-            [epoch * num_steps + end, {name: _mean(curve[begin:end]) for name, curve in losses.items()}]
-            for begin, end in spans
+            [first + end, {name: _mean(curve[begin:end]) for name, curve in curves.items()}] for begin, end in spans
         ],
-        "losses": {name: _mean(curve) for name, curve in losses.items()},
+        "losses": {name: mean for name, mean in means.items() if name != _WAIT},
         "images_per_second": num_steps * worker.num_workers / seconds,
+        _WAIT: means[_WAIT],
     }
 
 
@@ -228,7 +218,8 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _samples(worker: _Worker, epoch: int) -> DataLoader[Sample]:
+def _samples(worker: _Worker, epoch: int) -> Iterator[tuple[Sample, float]]:
+    """This worker's share of the images, in an order of its own for each epoch, and how long each was waited for."""
     # Not Ray Data's streaming_split: it drops the remainder, and its order is not reproducible. The sampler repeats
     # up to num_workers - 1 images so that all ranks take equally many steps. Decoding takes 1 % of a step on a CPU,
     # too little to share with another process.
@@ -240,17 +231,35 @@ def _samples(worker: _Worker, epoch: int) -> DataLoader[Sample]:
         seed=worker.config.seed,
     )
     sampler.set_epoch(epoch)
-    return DataLoader(worker.dataset, batch_size=None, sampler=sampler)  # pyright: ignore[reportArgumentType]
+    samples, start = read_ahead(worker.dataset, list(sampler)), time.monotonic()
+    for sample in samples:
+        yield sample, 1000 * (time.monotonic() - start)
+        start = time.monotonic()
 
 
-def _save(worker: _Worker, epoch: int) -> None:
-    run = Path(worker.config.out)
-    save_checkpoint(
-        epoch_folder(run, epoch),
-        worker.network.state_dict(),
-        training_settings(worker.config, worker.dataset),
-        optimizer_tensors(worker.optimizer, worker.network),
-        {"epoch": epoch, "step": epoch * worker.steps_per_epoch, "records": worker.records},
+def _report(worker: _Worker, epoch: int) -> None:
+    """Report the finished epoch, by rank 0 with a checkpoint, which is uploaded while training goes on."""
+    checkpoint = None
+    if worker.rank == 0:
+        folder = tempfile.mkdtemp()  # Ray deletes it
+        state = {"epoch": epoch, "step": worker.step, "records": worker.records}
+        tensors = worker.network.state_dict(), optimizer_tensors(worker.optimizer, worker.network)
+        write_checkpoint(Path(folder), tensors[0], worker.settings, tensors[1], state)
+        checkpoint = ray.train.Checkpoint.from_directory(folder)
+    run, keep = StoragePath.of(worker.config.out), worker.config.keep_checkpoints
+
+    def upload(local: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        """In place of Ray's own copy, which gives the manifest no last place."""
+        publish_checkpoint(Path(local.path), run / FOLDER / name)
+        prune_checkpoints(run, keep)
+        filesystem, path = (run / FOLDER / name).filesystem
+        return ray.train.Checkpoint(path, filesystem)
+
+    ray.train.report(
+        {"records": worker.records},
+        checkpoint,
+        checkpoint_dir_name=epoch_folder(run, epoch).name,
+        checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+        delete_local_checkpoint_after_upload=True,
+        checkpoint_upload_fn=upload,
     )
-    for folder in sorted((run / FOLDER).glob("epoch_*"))[: -worker.config.keep_checkpoints]:
-        shutil.rmtree(folder)

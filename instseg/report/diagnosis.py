@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from instseg.evaluation import oracles
 from instseg.evaluation.errors import ErrorKind
 from instseg.report.tables import Evaluation, align, write_json
+from instseg.storage import Place, StoragePath
 
 THRESHOLDS = (0.5, 0.7, 0.9)  # the columns of the table
 
@@ -115,10 +115,10 @@ def _scores(evaluation: Evaluation) -> dict[str, float]:
     return {name: metrics[name] for name in names}
 
 
-def write_diagnosis(diagnosis: Diagnosis, out: Path) -> list[Path]:
+def write_diagnosis(diagnosis: Diagnosis, out: Place) -> list[StoragePath]:
     """Write diagnosis.txt and diagnosis.json into the folder `out`; their paths."""
-    paths = [out / "diagnosis.txt", out / "diagnosis.json"]
-    paths[0].write_text(diagnosis.text() + "\n")
+    paths = [StoragePath.of(out) / name for name in ("diagnosis.txt", "diagnosis.json")]
+    paths[0].publish(f"{diagnosis.text()}\n".encode())
     num_images = diagnosis.as_it_is.num_images
     write_json(paths[1], {"unit": "percent", "num_images": num_images, "metrics": diagnosis.metrics()})
     return paths

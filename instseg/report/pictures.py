@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,6 +13,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from scipy import ndimage
 
+from instseg.storage import Place, StoragePath
 from instseg.structures import InstanceMap, Sample
 
 COLUMNS = ("Input and detections", "Semantic segmentation", "Instance segmentation", "Ground truth")
@@ -31,7 +31,7 @@ COLUMN_INCHES = 3.0
 
 
 def save_panel(
-    path: str | os.PathLike[str],
+    place: Place,
     samples: Sequence[Sample],
     predicted: Sequence[InstanceMap],
     classes: Sequence[str],
@@ -42,7 +42,7 @@ def save_panel(
     instance. Void is pale. A single sample makes a one-row picture.
 
     Args:
-        path: PNG to write.
+        place: PNG to write.
         samples: At least one image; its last cell stays empty where there is no ground truth.
         predicted: Instance map of each sample, with `semantic`.
         classes: Class names, [0] is "background".
@@ -56,16 +56,14 @@ def save_panel(
         _draw_row(row, sample, instance_map, classes)
     for axes, title in zip(cells[0], COLUMNS, strict=True):
         axes.set_title(title, fontsize=10, pad=4)
-    _save(figure, path)
+    save_figure(figure, place)
 
 
-def save_overlay(
-    path: str | os.PathLike[str], image: np.ndarray, instance_map: InstanceMap, classes: Sequence[str]
-) -> None:
+def save_overlay(place: Place, image: np.ndarray, instance_map: InstanceMap, classes: Sequence[str]) -> None:
     """Draw the instances over the image, with class and score, as a PNG of the image's size.
 
     Args:
-        path: PNG to write.
+        place: PNG to write.
         image: (H, W, 3) uint8 RGB.
         instance_map: Its instances.
         classes: Class names, [0] is "background".
@@ -77,7 +75,7 @@ def save_overlay(
     covered = (instance_map.instances > 0)[..., None]
     _show(axes, np.where(covered, blend(image, instance_map.instances, colours), image / 255))
     _name_instances(axes, instance_map, classes)
-    _save(figure, path)
+    save_figure(figure, place)
 
 
 def blend(image: np.ndarray, ids: np.ndarray, colours: np.ndarray) -> np.ndarray:
@@ -205,6 +203,8 @@ def _show(axes: Axes, picture: np.ndarray) -> None:
     axes.set_axis_off()
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+def save_figure(figure: Figure, place: Place) -> None:
+    """Write a PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    StoragePath.of(place).publish(buffer.getvalue())

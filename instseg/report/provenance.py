@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 
-def provenance(config: dict[str, Any]) -> dict[str, Any]:
-    """What a reader needs to judge or repeat the numbers: commit, versions, machine, configuration."""
+def provenance(config: dict[str, Any], data_digest: str) -> dict[str, Any]:
+    """What a reader needs to judge or repeat the numbers: commit, data, versions, machine, configuration."""
+    return origin() | {"data_digest": data_digest, "config": config}
+
+
+def origin() -> dict[str, Any]:
+    """Commit, versions and machine."""
     packages = ("numpy", "torch", "ray", "mlflow")
     return {
         "commit": commit(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "machine": platform.platform(),
-        "config": config,
     }
 
 

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from instseg.evaluation.calibration import NUM_BINS, Calibration
-from instseg.report.pictures import COLUMN_INCHES, PALETTE
+from instseg.report.pictures import COLUMN_INCHES, PALETTE, save_figure
 from instseg.report.tables import SCORE_TITLES
+from instseg.storage import Place
 
 COLOURS = dict(zip(SCORE_TITLES, PALETTE[[1, 3]], strict=True))
 
 
-def save_reliability(path: str | os.PathLike[str], calibrations: Mapping[str, Calibration]) -> None:
+def save_reliability(place: Place, calibrations: Mapping[str, Calibration]) -> None:
     """Draw, for each kind of score, the share of right detections over the score, and how many have it.
 
     A bar that ends on the diagonal says what is so; above it the score is too modest, below it too sure.
 
     Args:
-        path: PNG to write.
+        place: PNG to write.
         calibrations: By the names in SCORE_TITLES.
     """
     size = (1.3 * COLUMN_INCHES * len(calibrations), 1.6 * COLUMN_INCHES)
@@ -40,8 +39,7 @@ def save_reliability(path: str | os.PathLike[str], calibrations: Mapping[str, Ca
     for axes in cells.flat:
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save_figure(figure, place)
 
 
 def _draw_reliability(axes: Axes, found: Calibration, colour: np.ndarray) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -14,8 +14,9 @@ import numpy as np
 from instseg.config import MatchingRule
 from instseg.evaluation.ap_r import THRESHOLDS, ApR, ImageRecord, ap_r
 from instseg.evaluation.calibration import Calibration, calibrations
-from instseg.evaluation.records import write_records
+from instseg.evaluation.records import RECORDS, write_records
 from instseg.evaluation.semantic import label_iou, mean_iou, total
+from instseg.storage import Place, StoragePath
 
 RULES: tuple[MatchingRule, ...] = get_args(MatchingRule)
 SCORE_TITLES = {"detector_score": "detector score", "validity": "Pr(Y)"}
@@ -139,9 +140,9 @@ def align(table: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def write_report(evaluation: Evaluation, out: Path, provenance: dict[str, Any]) -> list[Path]:
+def write_report(evaluation: Evaluation, out: Place, provenance: dict[str, Any]) -> list[StoragePath]:
     """Write results.json, per_class.csv, report.txt and records.arrow into `out`; their paths."""
-    out.mkdir(parents=True, exist_ok=True)
+    root = StoragePath.of(out)
     rows = per_class(evaluation)
     columns = list(rows[-1])
     results = {
@@ -152,15 +153,16 @@ def write_report(evaluation: Evaluation, out: Path, provenance: dict[str, Any]) 
         "reliability": {name: _reliability(found) for name, found in evaluation.calibration.items()},
         **provenance,
     }
-    write_json(out / "results.json", results)
-    with (out / "per_class.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(_cells(rows, columns))
+    write_json(root / "results.json", results)
+    lines = io.StringIO(newline="")
+    csv.writer(lines).writerows(_cells(rows, columns))
+    (root / "per_class.csv").publish(lines.getvalue().encode())
     unseen = [f"ap_r_{t}" for t in THRESHOLDS if t not in TABLE_THRESHOLDS]
     table = _cells(rows, [column for column in columns if column not in unseen])
     text = "\n".join([summary(evaluation), "", *align(table)])
-    (out / "report.txt").write_text(text + "\n")
-    write_records(out / "records.arrow", evaluation.records)
-    return [out / name for name in ("results.json", "per_class.csv", "report.txt", "records.arrow")]
+    (root / "report.txt").publish(f"{text}\n".encode())
+    write_records(root / RECORDS, evaluation.records)
+    return [root / name for name in ("results.json", "per_class.csv", "report.txt", RECORDS)]
 
 
 def _reliability(found: Calibration) -> list[dict[str, float]]:
@@ -171,9 +173,9 @@ def _reliability(found: Calibration) -> list[dict[str, float]]:
     ]
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(place: StoragePath, content: Any) -> None:
     """Write strict JSON: NaN becomes null."""
-    path.write_text(json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
+    place.publish(f"{json.dumps(_without_nan(content), indent=1, allow_nan=False)}\n".encode())
 
 
 def _without_nan(content: Any) -> Any:
