@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,9 +21,11 @@ def head() -> Iterator[Head]:
         yield head
 
 
-def submit(head: Head, *command: str) -> str:
+def submit(head: Head, *command: str, variables: dict[str, str] | None = None) -> str:
+    environment = json.dumps({"env_vars": variables or {}})
+    options = ["--address", head.dashboard, "--working-dir", ".", "--runtime-env-json", environment]
     done = subprocess.run(
-        ["ray", "job", "submit", "--address", head.dashboard, "--working-dir", ".", "--", *command],
+        ["ray", "job", "submit", *options, "--", *command],
         cwd=REPOSITORY,
         env=head.environment,
         capture_output=True,
@@ -58,6 +61,13 @@ def test_jobs_run_to_success_in_both_forms(head: Head, tiny_data: Path, tmp_path
         assert "epoch 1/1 done" in output
         assert find_checkpoint(run).state["epoch"] == 1
         assert "nothing to do" in submit(head, "workflows/train.py", *options)
+
+
+def test_a_job_knows_the_commit_only_from_its_submitter(head: Head) -> None:
+    command = ["python", "-c", "from instseg.report.provenance import commit; print('commit:', commit())"]
+    with head.explained():
+        assert "commit: None" in submit(head, *command)
+        assert "commit: 0123abc-dirty" in submit(head, *command, variables={"INSTSEG_COMMIT": "0123abc-dirty"})
 
 
 def test_jobs_need_the_token(head: Head) -> None:
