@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from instseg.data.files import sha256_of, write_json
 from instseg.data.schema import FORMAT_VERSION, SCHEMA, encode_row
+from instseg.data.voc import VocDevkit
 from instseg.structures import Detections, Sample
 
 # Time that tests would wait for: the controller's polling, an actor that watches for nodes to be reclaimed.
@@ -86,3 +88,16 @@ def encode_png(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def deadly(devkit: VocDevkit, image_id: str, died: Path) -> VocDevkit:
+    """The devkit, but the first process that reads this image is killed; a file says that it was."""
+
+    class Deadly(VocDevkit):  # in a function, so that Ray sends it to its workers with its code
+        def read_image(self, wanted: str) -> tuple[bytes, np.ndarray]:
+            if wanted == image_id and not died.exists():
+                died.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().read_image(wanted)
+
+    return Deadly(devkit.root)

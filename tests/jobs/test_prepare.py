@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +18,10 @@ from instseg.config import PrepareConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.data.quarantine import read_quarantine
 from instseg.data.synthetic import write_synthetic_devkit
+from instseg.data.voc import open_devkit
+from instseg.jobs import prepare as job
 from instseg.jobs.prepare import prepare
+from tests.jobs.conftest import deadly
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_IMAGES, SHARD_SIZE = 10, 4
@@ -179,24 +179,14 @@ def test_what_a_task_cannot_write_is_one_line(devkit: Path, tmp_path: Path) -> N
         prepare(_config(devkit, tmp_path))
 
 
-def test_a_killed_worker_is_replaced(devkit: Path, prepared: Path, tmp_path: Path) -> None:
-    killed: list[int] = []
-
-    def kill_first_writer() -> None:
-        deadline = time.monotonic() + 60
-        while not killed and time.monotonic() < deadline:
-            for path in tmp_path.glob("*.tmp-*"):
-                killed.append(int(path.name.rpartition("-")[2]))
-                os.kill(killed[0], signal.SIGKILL)
-                return
-            time.sleep(0.001)
-
-    killer = threading.Thread(target=kill_first_writer)
-    killer.start()
-    prepare(_config(devkit, tmp_path))
-    killer.join()
-    assert killed
-    assert _content(tmp_path) == _content(prepared)
+def test_a_killed_worker_is_replaced(
+    devkit: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died = tmp_path / "died"
+    monkeypatch.setattr(job, "open_devkit", lambda place: deadly(open_devkit(place), "scene_00004", died))
+    prepare(_config(devkit, tmp_path / "out"))
+    assert died.exists()
+    assert _content(tmp_path / "out") == _content(prepared)
 
 
 def _truncate(path: Path) -> None:
