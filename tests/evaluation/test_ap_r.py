@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from instseg.config import MatchingRule
 from instseg.evaluation.ap_r import THRESHOLDS, ImageRecord, ap_r, image_record
+from instseg.evaluation.semantic import Confusion, total
 from instseg.structures import Detections, InstanceMap, Sample
 
 NUM_LABELS = 4
@@ -21,7 +22,7 @@ RULES: tuple[MatchingRule, ...] = get_args(MatchingRule)
 def record(
     image_id: str, predictions: list[tuple[int, float]], iou: list[list[float]], truth_labels: list[int]
 ) -> ImageRecord:
-    nothing = np.zeros((NUM_LABELS, NUM_LABELS), np.int64)
+    nothing = Confusion.of(np.zeros((NUM_LABELS, NUM_LABELS), np.int64))
     return ImageRecord(
         image_id=image_id,
         labels=np.array([label for label, _ in predictions], np.int64),
@@ -204,9 +205,10 @@ def test_void_is_removed_from_predictions() -> None:
     # Instance 1 keeps pixels 0, 1, 4 (5 is semantic void on background); instance 2 keeps none and is no claim.
     np.testing.assert_array_equal(result.iou, [[2 / 3]])
     assert len(result.labels) == len(result.scores) == 1
-    assert result.confusion_after.sum() == result.confusion_before.sum() == 3
-    assert result.confusion_after[2].tolist() == [0, 0, 2, 0]
-    assert result.confusion_before[2].tolist() == [2, 0, 0, 0]
+    before, after = (total([found], NUM_LABELS) for found in (result.confusion_before, result.confusion_after))
+    assert before.sum() == after.sum() == 3
+    assert after[2].tolist() == [0, 0, 2, 0]
+    assert before[2].tolist() == [2, 0, 0, 0]
 
 
 def test_ground_truth_ids_without_pixels_or_class_are_ignored() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from instseg.evaluation.ap_r import ImageRecord, image_record
 from instseg.evaluation.calibration import NUM_BINS, calibration, calibrations
 from instseg.evaluation.matching import box_iou, match_boxes
+from instseg.evaluation.semantic import Confusion
 from instseg.structures import Detections, InstanceMap, Sample
 
 
@@ -65,8 +66,9 @@ def test_without_detections_or_right_ones_there_is_no_number() -> None:
     assert math.isnan(calibration(np.array([0.3]), np.array([False])).ap)
 
 
-def _no_truth() -> tuple[np.ndarray, ...]:
-    return np.zeros(0, int), np.zeros((2, 2), int), np.zeros((2, 2), int)
+def _no_truth() -> tuple[np.ndarray, Confusion, Confusion]:
+    nothing = Confusion.of(np.zeros((2, 2), int))
+    return np.zeros(0, int), nothing, nothing
 
 
 @settings(max_examples=100, deadline=None)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from instseg.evaluation import significance
 from instseg.evaluation.ap_r import THRESHOLDS, ImageRecord, ap_r
-from instseg.evaluation.semantic import mean_iou
+from instseg.evaluation.semantic import Confusion, mean_iou, total
 from instseg.evaluation.significance import Comparison, Difference, compare
 
 NUM_LABELS = 4
@@ -31,7 +31,8 @@ def split(seed: int, num_images: int, noise: int, skill: float = 0.6, shift: flo
         num = int(draw.integers(0, 5))
         scores = (draw.integers(0, 4, num) + 0.01 * np.arange(num)) / 4
         iou = draw.random((num, len(truth_labels))) * (draw.random((num, len(truth_labels))) < skill)
-        confusion = np.array([draw.multinomial(n, _row(label, skill)) for label, n in enumerate(pixels)])
+        rows = [draw.multinomial(n, _row(label, skill)) for label, n in enumerate(pixels)]
+        confusion = Confusion.of(np.array(rows))
         records.append(
             ImageRecord(
                 image_id=f"image_{index:03d}",
@@ -53,7 +54,7 @@ def _row(label: int, skill: float) -> np.ndarray:
 def scores_of(records: Result) -> list[float]:
     """By ap_r itself: each threshold, the volume, mean IoU."""
     result = ap_r(records, NUM_LABELS)
-    confusion = np.sum([record.confusion_after for record in records], axis=0)
+    confusion = total((record.confusion_after for record in records), NUM_LABELS)
     return [*(result.mean(threshold) for threshold in THRESHOLDS), result.mean_volume, mean_iou(confusion)]
 
 
@@ -146,14 +147,14 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 
 
 def test_without_any_ground_truth_there_is_no_number() -> None:
-    nothing = np.zeros((NUM_LABELS, NUM_LABELS), np.int64)
+    nothing = Confusion.of(np.zeros((NUM_LABELS, NUM_LABELS), np.int64))
     empty = np.zeros(0, np.int64)
     record = ImageRecord("a", empty, np.zeros(0), np.zeros((0, 0)), empty, nothing, nothing)
     assert np.isnan(all_of(compare([record], [record], 5))).all()
 
 
 def with_labels(record: ImageRecord, num: int) -> ImageRecord:
-    fewer = record.confusion_after[:num, :num]
+    fewer = Confusion.of(total([record.confusion_after], NUM_LABELS)[:num, :num])
     return replace(record, confusion_before=fewer, confusion_after=fewer)
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from instseg.evaluation.ap_r import ImageRecord
+from instseg.evaluation.semantic import Confusion
 from instseg.report.ablation import ablation_tables, compare_rows, difference_record, difference_tables
 from instseg.report.tables import Evaluation
 
@@ -12,7 +13,7 @@ CLASSES = ("background", "cat", "dog")
 
 def evaluation(iou: float = 0.75, correct: int = 3) -> Evaluation:
     """Two images, each with one cat found with `iou`; no dog anywhere."""
-    confusion = np.array([[8, 0, 0], [4 - correct, correct, 0], [0, 0, 0]])
+    confusion = Confusion.of(np.array([[8, 0, 0], [4 - correct, correct, 0], [0, 0, 0]]))
     cat = np.array([1])
     found = np.array([0.9]), np.array([[iou]])
     records = [ImageRecord(image_id, cat, *found, cat, confusion, confusion) for image_id in "ab"]

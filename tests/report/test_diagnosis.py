@@ -3,34 +3,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from instseg.evaluation.ap_r import ImageRecord
 from instseg.evaluation.errors import KINDS, errors_by_kind
 from instseg.report.diagnosis import ERROR_TITLES, ORACLE_ROWS, Diagnosis, write_diagnosis
 from instseg.report.tables import Evaluation
-
-CLASSES = ("background", "cat", "dog")
-
-
-def record(iou: float) -> ImageRecord:
-    """One cat found with `iou`."""
-    return ImageRecord(
-        image_id="a",
-        labels=np.array([1]),
-        scores=np.array([0.9]),
-        iou=np.array([[iou]]),
-        truth_labels=np.array([1]),
-        confusion_before=np.array([[6, 2, 0], [2, 2, 0], [0, 0, 0]]),
-        confusion_after=np.array([[8, 0, 0], [1, 3, 0], [0, 0, 0]]),
-    )
+from tests.records import CLASSES, one_cat
 
 
 def diagnosis(as_it_is: float = 0.45, **replaced: float) -> Diagnosis:
     """Rows whose one cat has the IoU of that name, or that of `as_it_is`."""
-    evaluations = {row.name: Evaluation.of([record(replaced.get(row.name, as_it_is))], CLASSES) for row in ORACLE_ROWS}
-    records = [record(as_it_is)]
+    evaluations = {row.name: Evaluation.of([one_cat(replaced.get(row.name, as_it_is))], CLASSES) for row in ORACLE_ROWS}
+    records = [one_cat(as_it_is)]
     return Diagnosis(Evaluation.of(records, CLASSES), evaluations, errors_by_kind(records, len(CLASSES)))
 
 

@@ -5,32 +5,15 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from instseg.evaluation.ap_r import ImageRecord
 from instseg.evaluation.records import read_records
 from instseg.report.tables import Evaluation, per_class, summary, write_report
+from tests.records import CLASSES, one_cat
 
-CLASSES = ("background", "cat", "dog")
 
-
-def evaluation(iou: float = 0.75) -> Evaluation:
-    """One cat found with `iou`; no dog anywhere, but a detection of one, which Y rejects."""
-    record = ImageRecord(
-        image_id="a",
-        labels=np.array([1]),
-        scores=np.array([0.9]),
-        iou=np.array([[iou]]),
-        truth_labels=np.array([1]),
-        confusion_before=np.array([[6, 2, 0], [2, 2, 0], [0, 0, 0]]),
-        confusion_after=np.array([[8, 0, 0], [1, 3, 0], [0, 0, 0]]),
-        detection_labels=np.array([1, 2]),
-        detection_scores=np.array([0.5, 0.75]),
-        validity=np.array([0.75, 0.0]),
-        matched=np.array([True, False]),
-    )
-    return Evaluation.of([record], CLASSES)
+def evaluation() -> Evaluation:
+    return Evaluation.of([one_cat(0.75)], CLASSES)
 
 
 def test_metrics_are_percentages() -> None:
