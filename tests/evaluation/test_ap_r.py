@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instseg.config import MatchingRule
+from instseg.evaluation import ranking
 from instseg.evaluation.ap_r import THRESHOLDS, ImageRecord, ap_r, image_record
 from instseg.evaluation.semantic import Confusion, total
 from instseg.structures import Detections, InstanceMap, Sample
@@ -100,6 +101,45 @@ def test_against_brute_force(records: list[ImageRecord], rule: MatchingRule) -> 
         np.testing.assert_allclose(result.mean_volume, columns.mean())
     else:
         assert math.isnan(result.mean_volume)
+
+
+def by_every_class_and_image(records: list[ImageRecord], rule: MatchingRule) -> list[list[float]]:
+    """Each threshold and class looks at every image, whether it has anything of the class or not."""
+    records = sorted(records, key=lambda record: record.image_id)
+    rows = []
+    for threshold in THRESHOLDS:
+        rows.append([])
+        for label in range(1, NUM_LABELS):
+            images = [record.of_class(label) for record in records]
+            scores = np.concatenate([np.zeros(0), *(scores for scores, _ in images)])
+            hits = np.array([hit for pair in images for hit in hits_by_walking(*pair, threshold, rule)], bool)
+            num_truths = sum(iou.shape[1] for _, iou in images)
+            rows[-1].append(ranking._area(hits[np.argsort(-scores, kind="stable")], num_truths, rule))
+    return rows
+
+
+def hits_by_walking(scores: np.ndarray, iou: np.ndarray, threshold: float, rule: MatchingRule) -> list[bool]:
+    hits, free = [False] * len(scores), {*range(iou.shape[1])}
+    for index in np.argsort(-scores, kind="stable"):
+        best = max(free, key=lambda g: (iou[index, g], -g), default=None)
+        hits[index] = best is not None and bool(iou[index, best] > threshold)
+        if hits[index] and rule != "authors":
+            free.remove(best)
+    return hits
+
+
+@settings(max_examples=100, deadline=None)
+@given(splits(), st.sampled_from(RULES))
+def test_to_the_bit_as_by_every_class_and_image(records: list[ImageRecord], rule: MatchingRule) -> None:
+    np.testing.assert_array_equal(ap_r(records, NUM_LABELS, rule).values, by_every_class_and_image(records, rule))
+
+
+def test_an_image_is_looked_at_once_for_each_class_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, find_hits = [], ranking.find_hits
+    monkeypatch.setattr(ranking, "find_hits", lambda *arguments: looked.append(1) or find_hits(*arguments))
+    records = [record(f"{index}", [(index + 1, 0.5)], [[0.7]], [index + 1]) for index in range(80)]
+    assert ap_r(records, 81).mean(0.5) == 1.0
+    assert len(looked) == 80
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +76,39 @@ def test_no_damage_goes_unnoticed(tmp_path: Path) -> None:
             read_records(path)
 
 
+@pytest.mark.parametrize("path_in_record", [("num_labels",), ("index", 0), ("count", -1)])
+def test_a_confusion_other_than_the_one_written_is_damage(tmp_path: Path, path_in_record: tuple) -> None:
+    """A file that is well-formed, with one number changed."""
+    path = tmp_path / "records.arrow"
+    write_records(path, some_records())
+    with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
+        table = reader.read_all()
+    column = table["confusion_after"].to_pylist()
+    *places, last = path_in_record
+    part = column[2]
+    for place in places:
+        part = part[place]
+    part[last] += 1
+    number = table.schema.get_field_index("confusion_after")
+    changed = table.set_column(number, SCHEMA.field(number), pa.array(column, SCHEMA.field(number).type))
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(changed)
+    with pytest.raises(ValueError, match="damaged: its values are not those that were written"):
+        read_records(path)
+
+
+def test_the_file_grows_with_the_entries_of_confusions_alone(tmp_path: Path) -> None:
+    """Of 21 or 1000 labels, the numbers are the same."""
+    sizes = []
+    for num_labels in (21, 1000):
+        few = Confusion(num_labels, np.array([0, 7], np.int64), np.array([5, 2**40], np.int64))
+        records = [replace(record, confusion_before=few, confusion_after=few) for record in some_records()]
+        write_records(tmp_path / "records.arrow", records)
+        assert_same(read_records(tmp_path / "records.arrow"), records)
+        sizes.append((tmp_path / "records.arrow").stat().st_size)
+    assert sizes[1] == pytest.approx(sizes[0], abs=64)
+
+
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"beside a result's results\.json"):
         read_records(tmp_path / "missing.arrow")
@@ -87,8 +120,9 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
         pass
     with pytest.raises(ValueError, match=f"expected records of format {FORMAT_VERSION}, got none"):
         read_records(path)
-    later = SCHEMA.with_metadata({"instseg.records.version": "99"})
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, later):
-        pass
-    with pytest.raises(ValueError, match="got 99; evaluate again"):
-        read_records(path)
+    for version in (1, 99):
+        other = SCHEMA.with_metadata({"instseg.records.version": f"{version}"})
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, other):
+            pass
+        with pytest.raises(ValueError, match=f"got {version}; evaluate again"):
+            read_records(path)
