@@ -39,7 +39,7 @@ class Ranked(NamedTuple):
         images = list(images)
         scores = np.concatenate([np.zeros(0), *(scores for _, scores, _ in images)])
         none = np.zeros((len(thresholds), 0), np.bool_)
-        hits = np.concatenate([none, *(find_hits(*pair, thresholds, rule) for _, *pair in images)], axis=1)
+        hits = np.concatenate([none, *(find_hits(scores, iou, thresholds, rule) for _, scores, iou in images)], axis=1)
         image = np.array([index for index, scores, _ in images for _ in scores], np.int64)
         truth_image = np.array([index for index, _, iou in images for _ in range(iou.shape[1])], np.int64)
         ranked = np.argsort(-scores, kind="stable")

@@ -22,7 +22,7 @@ RECORDS = "records.arrow"
 FORMAT_VERSION = 2  # raise it whenever a column changes
 _VERSION, _DIGEST = b"instseg.records.version", b"instseg.records.sha256"
 _INTEGERS, _FLOATS, _TRUTHS = (pa.list_(kind) for kind in (pa.int64(), pa.float64(), pa.bool_()))
-_CONFUSION = pa.struct({"num_labels": pa.int64(), "index": _INTEGERS, "count": _INTEGERS})  # as in Confusion: 1, E, E
+_CONFUSION = pa.struct({"num_labels": pa.int64(), "places": _INTEGERS, "counts": _INTEGERS})  # as in Confusion: 1, E, E
 _TYPES = {
     "image_id": pa.string(),
     "labels": _INTEGERS,  # P

@@ -17,28 +17,28 @@ class Confusion(NamedTuple):
 
     Attributes:
         num_labels: L.
-        index: (E,) int64, true label * L + predicted label; ascending, each once.
-        count: (E,) int64, pixels.
+        places: (E,) int64, true label * L + predicted label; ascending, each once.
+        counts: (E,) int64, pixels.
     """
 
     num_labels: int
-    index: Int[np.ndarray, " E"]
-    count: Int[np.ndarray, " E"]
+    places: Int[np.ndarray, " E"]
+    counts: Int[np.ndarray, " E"]
 
     @staticmethod
     def of(matrix: Integer[np.ndarray, "L L"]) -> Confusion:
         """Keep the entries of a matrix, row = true label, column = predicted label."""
-        index = np.flatnonzero(matrix)
-        return Confusion(len(matrix), index, matrix.ravel()[index].astype(np.int64))
+        places = np.flatnonzero(matrix)
+        return Confusion(len(matrix), places, matrix.ravel()[places].astype(np.int64))
 
     def pixels(self) -> Int[np.ndarray, "3 L"]:
         """Return (3, L) int64: pixels of each label in the truth, in the prediction, and in both."""
-        true, predicted = np.divmod(self.index, self.num_labels)
+        true, predicted = np.divmod(self.places, self.num_labels)
         both = true == predicted
         pixels = np.zeros((3, self.num_labels), np.int64)
-        np.add.at(pixels[0], true, self.count)
-        np.add.at(pixels[1], predicted, self.count)
-        pixels[2, true[both]] = self.count[both]
+        np.add.at(pixels[0], true, self.counts)
+        np.add.at(pixels[1], predicted, self.counts)
+        pixels[2, true[both]] = self.counts[both]
         return pixels
 
 
@@ -51,7 +51,7 @@ def total(confusions: Iterable[Confusion], num_labels: int) -> Int[np.ndarray, "
     matrix = np.zeros((num_labels, num_labels), np.int64)
     for confusion in confusions:
         require(confusion.num_labels == num_labels, "confusion", f"{num_labels} labels", confusion.num_labels)
-        matrix.ravel()[confusion.index] += confusion.count
+        matrix.ravel()[confusion.places] += confusion.counts
     return matrix
 
 

@@ -121,8 +121,8 @@ def by_every_class_and_image(records: list[ImageRecord], rule: MatchingRule) -> 
 def hits_by_walking(scores: np.ndarray, iou: np.ndarray, threshold: float, rule: MatchingRule) -> list[bool]:
     hits, free = [False] * len(scores), {*range(iou.shape[1])}
     for index in np.argsort(-scores, kind="stable"):
-        best = max(free, key=lambda g: (iou[index, g], -g), default=None)
-        hits[index] = best is not None and bool(iou[index, best] > threshold)
+        best = max(free, key=lambda g: (iou[index, g], -g), default=-1)
+        hits[index] = best >= 0 and bool(iou[index, best] > threshold)
         if hits[index] and rule != "authors":
             free.remove(best)
     return hits

@@ -76,7 +76,7 @@ def test_no_damage_goes_unnoticed(tmp_path: Path) -> None:
             read_records(path)
 
 
-@pytest.mark.parametrize("path_in_record", [("num_labels",), ("index", 0), ("count", -1)])
+@pytest.mark.parametrize("path_in_record", [("num_labels",), ("places", 0), ("counts", -1)])
 def test_a_confusion_other_than_the_one_written_is_damage(tmp_path: Path, path_in_record: tuple) -> None:
     """A file that is well-formed, with one number changed."""
     path = tmp_path / "records.arrow"

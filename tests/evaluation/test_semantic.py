@@ -53,8 +53,8 @@ def test_sparse_confusions_are_as_good_as_matrices(matrices: list[np.ndarray]) -
     np.testing.assert_array_equal(total(sparse, num_labels), sum(matrices))
     for matrix, confusion in zip(matrices, sparse, strict=True):
         np.testing.assert_array_equal(total([confusion], num_labels), matrix)
-        assert (confusion.count > 0).all()
-        assert len(confusion.index) == len({*confusion.index.tolist()}) == np.count_nonzero(matrix)
+        assert (confusion.counts > 0).all()
+        assert len(confusion.places) == len({*confusion.places.tolist()}) == np.count_nonzero(matrix)
         expected = [matrix.sum(1), matrix.sum(0), np.diag(matrix)]
         np.testing.assert_array_equal(confusion.pixels(), expected)
 
@@ -71,14 +71,14 @@ def test_confusions_of_other_labels_do_not_add_up() -> None:
 def test_a_confusion_takes_memory_for_the_labels_of_its_image_alone() -> None:
     """Of 81 labels an image has few; the entries of three take 9 * 16 bytes, a matrix 52 kB."""
     rng = np.random.default_rng(0)
-    maps = [rng.choice(rng.choice(81, 3), (2, 20, 20)) for _ in range(200)]
-    Confusion.of(confusion_matrix(*maps[0], 81)).pixels()  # what the first call allocates for good
+    maps = [[rng.choice(labels, (20, 20)) for _ in range(2)] for labels in rng.integers(0, 81, (200, 3))]
+    Confusion.of(confusion_matrix(maps[0][0], maps[0][1], 81)).pixels()  # what the first call allocates for good
     tracemalloc.start()
-    kept = [Confusion.of(confusion_matrix(*maps_of_one, 81)) for maps_of_one in maps]
+    kept = [Confusion.of(confusion_matrix(truth, found, 81)) for truth, found in maps]
     total(kept, 81)
     num_bytes, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    num_entries = sum(len(confusion.index) for confusion in kept)
+    num_entries = sum(len(confusion.places) for confusion in kept)
     assert num_entries <= 9 * len(kept)
     assert num_bytes < 16 * num_entries + 500 * len(kept)
     assert most < num_bytes + 10 * 81 * 81 * 8  # of one image at a time
