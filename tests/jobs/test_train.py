@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -9,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -20,17 +22,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-from safetensors.torch import load_file
 
 from instseg.config import ModelConfig, TrackingConfig, TrainConfig
+from instseg.data.dataset import PreparedDataset
 from instseg.data.files import read_json, sha256_of, write_json
 from instseg.data.schema import SCHEMA
 from instseg.jobs import train as driver
 from instseg.jobs.devices import Node
 from instseg.jobs.train import train
 from instseg.jobs.train_checks import check_same_run
-from instseg.models.checkpoint import Checkpoint, epoch_folder, find_checkpoint
+from instseg.models.checkpoint import Checkpoint, epoch_folder, find_checkpoint, read_checkpoint
 from instseg.models.network import InstanceNetwork
+from instseg.storage import StoragePath
+from tests.jobs.conftest import NUM_IMAGES
 
 psutil = import_module("psutil", ray.__name__)  # Ray brings it along, and makes it importable
 pytestmark = [
@@ -65,29 +69,36 @@ def tensors_of(run: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def finished(ray_cluster: None, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+def said() -> io.StringIO:
+    """What `finished` printed."""
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def finished(
+    ray_cluster: None, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, said: io.StringIO
+) -> TrainConfig:
     """An uninterrupted run."""
     config = make_config(tiny_data, tmp_path_factory.mktemp("runs") / "finished")
-    train(config)
+    with redirect_stdout(said):
+        train(config)
     return config
 
 
-def test_training_lowers_the_losses_and_leaves_a_network(finished: TrainConfig) -> None:
+def test_training_lowers_the_losses_and_leaves_a_network(finished: TrainConfig, said: io.StringIO) -> None:
     run = Path(finished.out)
-    first, last = (load_file(epoch_folder(run, epoch) / "model.safetensors") for epoch in (2, NUM_EPOCHS))
+    first, last = (read_checkpoint(epoch_folder(run, epoch)).model() for epoch in (2, NUM_EPOCHS))
     unchanged = [name for name in first if first[name].equal(last[name])]
     assert not unchanged
-    losses = [float(line.split("semantic loss ")[1].split(",")[0]) for line in epochs_in_log(run)]
+    lines = [line for line in said.getvalue().splitlines() if " done, " in line]
+    assert [line.split()[1] for line in lines] == [f"{epoch}/{NUM_EPOCHS}" for epoch in range(1, NUM_EPOCHS + 1)]
+    losses = [float(line.split("semantic loss ")[1].split(",")[0]) for line in lines]
     assert losses[-1] < losses[0]
+    assert all(line.endswith(" ms a step") for line in lines)
     state = find_checkpoint(run).state
     assert (state["epoch"], state["step"]) == (NUM_EPOCHS, NUM_EPOCHS * STEPS_PER_EPOCH)
-    assert not epoch_folder(run, 1).exists()  # only the latest are kept
+    assert not epoch_folder(run, 1).is_folder()  # only the latest are kept
     assert InstanceNetwork.load(run).num_labels == 4
-    assert not (run / "ray").exists()
-
-
-def epochs_in_log(run: Path) -> list[str]:
-    return [line for line in (run / "train.log").read_text().splitlines() if " done, " in line]
 
 
 def recorded(config: TrainConfig) -> tuple[Any, Any]:
@@ -139,21 +150,21 @@ def test_a_driver_killed_before_it_logged_is_made_up_for(finished: TrainConfig, 
 
 
 def test_torn_checkpoint_killed_worker_and_no_mlflow_change_nothing(
-    finished: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    finished: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished.out, run)
     (run / "mlflow_spool.key").unlink()
     for epoch in range(4, NUM_EPOCHS + 1):
-        shutil.rmtree(epoch_folder(run, epoch))
-    (epoch_folder(run, 3) / "model.safetensors").write_bytes(b"torn")
-    (run / "checkpoints" / "epoch_0004.partial").mkdir()
+        epoch_folder(run, epoch).delete_folder()
+    (epoch_folder(run, 3) / "model.safetensors").publish(b"torn")
+    (epoch_folder(run, 4) / "model.safetensors").publish(b"of a writer that was killed")
     killer = threading.Thread(target=kill_a_worker_when_repaired, args=(epoch_folder(run, 3),))
     killer.start()
     train(replace(finished, out=str(run), tracking=TrackingConfig(uri="http://127.0.0.1:9")))
     killer.join()
     assert tensors_of(run) == tensors_of(Path(finished.out))
-    assert "failed" in (run / "train.log").read_text()
+    assert "worker 0 failed: " in capsys.readouterr().out
     assert sum("cannot be reached" in record.message for record in caplog.records) <= 1
     assert any(f"checkpoint {epoch_folder(run, 3)}: model.safetensors is damaged" in text for text in caplog.messages)
     events = [json.loads(line) for line in (run / "mlflow_spool.jsonl").read_text().splitlines()]
@@ -169,7 +180,7 @@ def test_torn_checkpoint_killed_worker_and_no_mlflow_change_nothing(
     assert not (run / "mlflow_spool.jsonl").exists()
 
 
-def kill_a_worker_when_repaired(folder: Path) -> None:
+def kill_a_worker_when_repaired(folder: StoragePath) -> None:
     deadline = time.monotonic() + 200
     victim = None
     while victim is None and time.monotonic() < deadline:
@@ -178,9 +189,8 @@ def kill_a_worker_when_repaired(folder: Path) -> None:
         victim = next((child for child in children if "RayTrainWorker" in command_of(child)), None)
     assert victim is not None
     while time.monotonic() < deadline:
-        with suppress(FileNotFoundError):  # between the removal of the torn one and its replacement
-            if (folder / "model.safetensors").read_bytes() != b"torn":
-                break
+        if (folder / "model.safetensors").read_bytes() != b"torn":
+            break
         time.sleep(0.01)
     os.kill(victim.pid, signal.SIGKILL)
 
@@ -200,6 +210,24 @@ def test_a_run_directory_belongs_to_one_configuration(finished: TrainConfig) -> 
         train(changed)
 
 
+def test_a_run_belongs_to_its_data(
+    finished: TrainConfig, write_data: Callable[[Path, Iterable[int]], Path], tmp_path: Path
+) -> None:
+    """The same data elsewhere is the same; other images are not, even under the same path."""
+    (tmp_path / "same").mkdir()
+    train(replace(finished, data=str(write_data(tmp_path / "same", range(NUM_IMAGES)))))
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match=r"was trained on other data \(digest \w{12}, not \w{12}\)"):
+        train(replace(finished, data=str(write_data(tmp_path / "other", range(3)))))
+
+
+def test_a_checkpoint_says_where_it_comes_from(finished: TrainConfig) -> None:
+    config = find_checkpoint(finished.out).config
+    assert config["data_digest"] == PreparedDataset(finished.data).digest
+    assert config["provenance"].keys() == {"commit", "versions", "machine"}
+    assert config["train"]["num_epochs"] == NUM_EPOCHS
+
+
 def test_a_cosine_cannot_be_made_longer(finished: TrainConfig) -> None:
     message = r"was trained with train\.num_epochs = 6, not 8; the learning rate falls to 0 at the last of them"
     with pytest.raises(ValueError, match=message):
@@ -209,7 +237,7 @@ def test_a_cosine_cannot_be_made_longer(finished: TrainConfig) -> None:
 def test_a_constant_rate_can_go_on() -> None:
     settings = {"classes": [], "train": {"learning_rate_schedule": "constant", "num_epochs": 1}}
     longer = {"classes": [], "train": {"learning_rate_schedule": "constant", "num_epochs": 2}}
-    check_same_run(Checkpoint(Path("run/checkpoints/epoch_0001"), settings, {}), longer)
+    check_same_run(Checkpoint(epoch_folder("run", 1), settings, {}), longer)
 
 
 def test_classes_in_another_order_are_refused(finished: TrainConfig, tiny_data: Path, tmp_path: Path) -> None:
@@ -245,8 +273,8 @@ def test_a_gpu_is_never_left_idle_silently(
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_worker_that_cannot_write_says_so(tiny_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "checkpoints").touch()  # a file where the folder belongs
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "epoch_0001").touch()  # a file where the folder belongs
     config = replace(make_config(tiny_data, run), num_workers=1, max_failures=0, tracking=UNREACHABLE)
     with pytest.raises(OSError, match="checkpoints") as raised:
         train(config)
