@@ -214,7 +214,7 @@ class StoragePath:
             from pyarrow.fs import FileSelector
 
             with suppress(FileNotFoundError):
-                self._ask(lambda filesystem, path: filesystem.get_file_info(FileSelector(path)), attempts=1)
+                self._ask(lambda filesystem, path: filesystem.get_file_info(FileSelector(path)), patient=False)
 
     def check_writable(self) -> None:
         """Raise OSError unless files can be written here, as a first contact; in a store one is."""
@@ -224,16 +224,16 @@ class StoragePath:
                 raise PermissionError(f"{self}: cannot be written: no permission to write to {nearest}")
             return
         name = f".probe-{uuid.uuid4().hex}"
-        self._ask(lambda filesystem, path: _upload(filesystem, f"{path}/{name}", io.BytesIO()), attempts=1)
+        self._ask(lambda filesystem, path: _upload(filesystem, f"{path}/{name}", io.BytesIO()), patient=False)
         (self / name).delete()
 
-    def _ask(self, work: Callable[[Any, str], Result], attempts: int = _ATTEMPTS) -> Result:
+    def _ask(self, work: Callable[[Any, str], Result], patient: bool = True) -> Result:
         """Do something in an object store, again where it may help; its errors in words that say what to do."""
         from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
         patiently = retry(
             retry=retry_if_exception(_may_pass),
-            stop=stop_after_attempt(attempts),
+            stop=stop_after_attempt(_ATTEMPTS if patient else 1),
             wait=wait_exponential_jitter(initial=1.0, max=_MAX_WAIT_S),
             reraise=True,
         )

@@ -125,10 +125,27 @@ def test_a_bucket_that_does_not_exist(s3: S3) -> None:
             attempt()
 
 
-def test_a_store_that_denies_access(s3: S3) -> None:
-    denied = OSError("AWS Error ACCESS_DENIED during PutObject operation")
-    with pytest.raises(StorageError, match=r"access denied .*; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
-        StoragePath.of(s3("bucket"))._ask(raising(denied, denied))
+def test_a_store_that_denies_access(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = StoragePath.of(s3("bucket"))
+    monkeypatch.setattr(s3, "hook", lambda *_: ("403 Forbidden", "AccessDenied"))
+    for attempt in (place.check_writable, place.check_reachable, lambda: (place / "x").publish(b"x")):
+        with pytest.raises(StorageError, match=r"access denied .*; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+            attempt()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_store_that_fills_up_leaves_what_was_published(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = StoragePath.of(s3("bucket")) / "full"
+    place.publish(b"before")
+    monkeypatch.setattr(storage, "_ATTEMPTS", 2)
+    full = ("507 Insufficient Storage", "XMinioStorageFull")
+    monkeypatch.setattr(s3, "hook", lambda asked, _: full if asked.startswith("PUT") else None)
+    with pytest.raises(
+        StorageError, match="cannot be reached .*; check the URI, the network and the store's free space"
+    ):
+        place.publish(b"after")
+    monkeypatch.undo()
+    assert place.read_bytes() == b"before"
 
 
 def raising(*errors: OSError) -> Any:
@@ -156,7 +173,7 @@ def test_a_store_that_falters_is_asked_again(s3: S3) -> None:
     with pytest.raises(StorageError, match=r"cannot be reached \(AWS Error SLOW_DOWN .*; check the URI, the network"):
         place._ask(raising(*[slow] * storage._ATTEMPTS))
     with pytest.raises(StorageError):  # a first contact is not patient
-        place._ask(raising(slow), attempts=1)
+        place._ask(raising(slow), patient=False)
 
 
 @pytest.mark.usefixtures("quick")

@@ -96,7 +96,7 @@ def test_a_store_that_is_down_is_no_fault_of_an_image(
     plan: ShardPlan, task: ShardTask, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     away = StoragePath.of("s3://bucket/logits?endpoint_override=127.0.0.1:9&scheme=http")
-    monkeypatch.setattr(StoragePath._ask, "__defaults__", (1,))
+    monkeypatch.setattr(storage, "_ATTEMPTS", 1)
     with pytest.raises(StorageError, match="cannot be reached"):
         make_shard(replace(plan, logits=away), task)
     assert not out.exists()

@@ -90,14 +90,14 @@ def encode_png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def deadly(devkit: VocDevkit, image_id: str, died: Path) -> VocDevkit:
+def deadly(devkit: VocDevkit, fatal: str, died: Path) -> VocDevkit:
     """The devkit, but the first process that reads this image is killed; a file says that it was."""
 
     class Deadly(VocDevkit):  # in a function, so that Ray sends it to its workers with its code
-        def read_image(self, wanted: str) -> tuple[bytes, np.ndarray]:
-            if wanted == image_id and not died.exists():
+        def read_image(self, image_id: str) -> tuple[bytes, np.ndarray]:
+            if image_id == fatal and not died.exists():
                 died.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().read_image(wanted)
+            return super().read_image(image_id)
 
     return Deadly(devkit.root)

@@ -43,8 +43,8 @@ def test_the_files_agree(tmp_path: Path) -> None:
     found = diagnosis(true_map=0.95)
     text, content = write_diagnosis(found, tmp_path)
     assert (text.name, content.name) == ("diagnosis.txt", "diagnosis.json")
-    assert text.read_text() == found.text() + "\n"
-    stored = json.loads(content.read_text(), parse_constant=pytest.fail)
+    assert text.read_bytes().decode() == found.text() + "\n"
+    stored = json.loads(content.read_bytes().decode(), parse_constant=pytest.fail)
     assert (stored["unit"], stored["num_images"]) == ("percent", 1)
     metrics = stored["metrics"]
     assert metrics == pytest.approx(found.metrics())

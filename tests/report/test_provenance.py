@@ -41,7 +41,7 @@ def test_the_submitters_word_goes_first(
 ) -> None:
     monkeypatch.setenv("INSTSEG_COMMIT", given)
     assert provenance.commit() == recorded
-    assert provenance.provenance({})["commit"] == recorded
+    assert provenance.provenance({}, "digest")["commit"] == recorded
 
 
 def test_a_blank_word_is_none(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from pathlib import Path
@@ -42,7 +43,7 @@ def test_the_summary_says_which_classes_are_left_out() -> None:
 def test_the_report_files_agree(tmp_path: Path) -> None:
     paths = write_report(evaluation(), tmp_path / "new", {"commit": "abc"})
     assert [path.name for path in paths] == ["results.json", "per_class.csv", "report.txt", "records.arrow"]
-    results = json.loads(paths[0].read_text(), parse_constant=pytest.fail)
+    results = json.loads(paths[0].read_bytes().decode(), parse_constant=pytest.fail)
     assert results["commit"] == "abc"
     assert results["per_class"][2]["sds/ap_r_vol"] is None
     bins = results["reliability"]["detector_score"]
@@ -50,14 +51,14 @@ def test_the_report_files_agree(tmp_path: Path) -> None:
     assert bins[7] == {"mean_score": 50.0, "share_right": 100.0, "count": 1}
     assert bins[0]["share_right"] is None
     assert Evaluation.of(read_records(paths[3]), CLASSES).metrics() == evaluation().metrics()
-    with paths[1].open(newline="") as file:
+    with io.StringIO(paths[1].read_bytes().decode(), newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == list(CLASSES)
     assert rows[1]["num_instances"] == "1"
     assert rows[1]["ap_r_0.7"] == "100.0"
     assert rows[2]["ap_r_0.7"] == rows[0]["ap_r_0.7"] == ""
     assert rows[0]["iou_after"] == "88.9"
-    assert summary(evaluation()) in paths[2].read_text()
+    assert summary(evaluation()) in paths[2].read_bytes().decode()
 
 
 def test_per_class_has_nan_where_there_is_no_number() -> None:

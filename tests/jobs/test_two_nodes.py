@@ -1,0 +1,147 @@
+"""Two Ray nodes that share an object store and nothing else."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from instseg.storage import StoragePath
+from tests.jobs import all_workflows
+from tests.s3 import S3
+
+psutil = import_module("psutil", ray.__name__)  # Ray brings it along, and makes it importable
+pytestmark = pytest.mark.ray
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a working folder for each node and for the driver."""
+    folder = tmp_path_factory.mktemp("nodes")
+    for name in ("head", "node", "driver"):
+        (folder / name).mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(folder: Path, s3: S3) -> Iterator[Cluster]:
+    """A head and a node of one CPU each, with working and temporary folders of their own."""
+    cluster, temporary = Cluster(), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        patch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)
+        patch.setenv("PYTHONPATH", str(REPOSITORY))
+        for name in ("head", "node"):
+            temporary.append(tempfile.TemporaryDirectory(prefix=name, dir="/tmp"))  # short, for the sockets in it
+            (Path(temporary[-1].name) / "ray").mkdir()
+            patch.chdir(folder / name)
+            patch.setenv("TMPDIR", temporary[-1].name)
+            patch.setattr(tempfile, "tempdir", None)
+            cluster.add_node(num_cpus=1, include_dashboard=False, temp_dir=f"{temporary[-1].name}/ray")
+    yield cluster
+    cluster.shutdown()
+    for each in temporary:
+        each.cleanup()
+
+
+@pytest.fixture(scope="module")
+def roots(folder: Path, s3: S3, devkit: Path) -> tuple[StoragePath, StoragePath]:
+    """In the object store and on disk, with the same devkit."""
+    roots = StoragePath.of(s3("nodes")) / "root", StoragePath.of(f"file://{folder}/root")
+    for path in (path for path in devkit.rglob("*") if path.is_file()):
+        for root in roots:
+            (root / "devkit" / path.relative_to(devkit).as_posix()).publish_file(path)
+    return roots
+
+
+def run(cluster: Cluster, folder: Path, script: str, *arguments: str) -> str:
+    """What a driver on the head prints; it must succeed."""
+    environment = os.environ | {"RAY_ADDRESS": cluster.address, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, cwd=folder / "driver", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+class Victim(NamedTuple):
+    """The first process of that name that asks for this, once the store has been asked for something else."""
+
+    process: str
+    asks: str
+    after: str = ""
+
+
+class Killer:
+    """Kills processes of Ray at what they ask the store for; the store does not do it."""
+
+    def __init__(self, s3: S3, victims: Sequence[Victim]) -> None:
+        self.s3 = s3
+        self.left = list(victims)
+
+    def __call__(self, asked: str, port: int) -> tuple[str, str] | None:
+        if not self.left or not re.search(self.left[0].asks, asked):
+            return None
+        if not any(re.search(self.left[0].after, request) for request in self.s3.requests):
+            return None
+        pid = asking(port)
+        if pid is None or self.left[0].process not in " ".join(psutil.Process(pid).cmdline()):
+            return None
+        del self.left[0]
+        os.kill(pid, signal.SIGKILL)
+        return "503 Slow Down", "SlowDown"
+
+
+def asking(port: int) -> int | None:
+    """The process at the other end of a connection."""
+    with suppress(psutil.Error):
+        return next((each.pid for each in psutil.net_connections("tcp") if each.laddr[1:] == (port,)), None)
+    return None
+
+
+VICTIMS = (
+    Victim("ray::", "GET .*/devkit/JPEGImages/scene_00002.jpg"),
+    Victim("RayTrainWorker", "PUT .*/run/checkpoints/epoch_0002/manifest.json"),
+    Victim("_Evaluator", "GET .*/data/shard-00001.parquet"),
+    Victim("_Evaluator", "GET .*/data/shard-00001.parquet", after="PUT .*/ablation/naive/results.json"),
+)
+
+
+def test_all_workflows_with_a_worker_killed_in_each_give_what_folders_give(
+    cluster: Cluster, folder: Path, roots: tuple[StoragePath, StoragePath], s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killer = Killer(s3, VICTIMS)
+    monkeypatch.setattr(s3, "hook", killer)
+    said = run(cluster, folder, all_workflows.__file__, *map(str, roots))
+    assert not killer.left, "somebody was not killed"
+    assert "worker 0 failed" in said
+    stored, on_disk = (content(root) for root in roots)
+    assert stored.keys() == on_disk.keys()
+    assert len([name for name in stored if name.endswith("records.arrow")]) > 5
+    assert [name for name in stored if stored[name] != on_disk[name]] == []
+    left = [path.relative_to(folder).parts[:2] for path in folder.rglob("*") if path.is_file()]
+    assert {place for place in left if place[0] != "root"} == {("driver", "mlflow.db"), ("driver", "mlartifacts")}
+
+
+def content(root: StoragePath) -> dict[str, bytes]:
+    """The files of all results that say nothing of when, where and how fast, by path."""
+    found = {f"data/{name}": (root / "data" / name).read_bytes() for name in (root / "data").files()}
+    for epoch in (root / "run" / "checkpoints").folders():
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            found[f"{epoch}/{name}"] = (root / "run" / "checkpoints" / epoch / name).read_bytes()
+    for report in ("report", *(f"ablation/{row}" for row in (root / "ablation").folders())):
+        for name in ("records.arrow", "per_class.csv", "report.txt"):
+            found[f"{report}/{name}"] = (root / report / name).read_bytes()
+    return found | {"ablation.md": (root / "ablation" / "ablation.md").read_bytes()}
