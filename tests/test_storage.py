@@ -141,7 +141,7 @@ def test_a_store_that_fills_up_leaves_what_was_published(s3: S3, monkeypatch: py
     full = ("507 Insufficient Storage", "XMinioStorageFull")
     monkeypatch.setattr(s3, "hook", lambda asked, _: full if asked.startswith("PUT") else None)
     with pytest.raises(
-        StorageError, match="cannot be reached .*; check the URI, the network and the store's free space"
+        StorageError, match=r"cannot be reached .*; check the URI, the network and the store's free space"
     ):
         place.publish(b"after")
     monkeypatch.undo()

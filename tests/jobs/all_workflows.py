@@ -1,6 +1,6 @@
 """Prepare, train, evaluate and ablate below each of the given roots, as a driver on a cluster would; for the tests.
 
-The devkit, with detections and logits, lies in the folder `devkit` of the root; MLflow's database in the current folder.
+The devkit, with detections and logits, lies in the folder `devkit` of the root, MLflow's database in the current one.
 """
 
 from __future__ import annotations

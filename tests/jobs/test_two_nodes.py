@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -18,13 +19,15 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from instseg.models.checkpoint import find_checkpoint
 from instseg.storage import StoragePath
-from tests.jobs import all_workflows
+from tests.jobs import all_workflows, train_elsewhere
 from tests.s3 import S3
 
 psutil = import_module("psutil", ray.__name__)  # Ray brings it along, and makes it importable
 pytestmark = pytest.mark.ray
 REPOSITORY = Path(__file__).resolve().parents[2]
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,8 @@ def cluster(folder: Path, s3: S3) -> Iterator[Cluster]:
     """A head and a node of one CPU each, with working and temporary folders of their own."""
     cluster, temporary = Cluster(), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        for name, value in LOOPBACK.items():
+            patch.setenv(name, value)
         patch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)
         patch.setenv("PYTHONPATH", str(REPOSITORY))
         for name in ("head", "node"):
@@ -69,7 +73,7 @@ def roots(folder: Path, s3: S3, devkit: Path) -> tuple[StoragePath, StoragePath]
 
 def run(cluster: Cluster, folder: Path, script: str, *arguments: str) -> str:
     """What a driver on the head prints; it must succeed."""
-    environment = os.environ | {"RAY_ADDRESS": cluster.address, "PYTHONPATH": str(REPOSITORY)}
+    environment = os.environ | LOOPBACK | {"RAY_ADDRESS": cluster.address, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, script, *arguments]
     done = subprocess.run(command, cwd=folder / "driver", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -145,3 +149,39 @@ def content(root: StoragePath) -> dict[str, bytes]:
         for name in ("records.arrow", "per_class.csv", "report.txt"):
             found[f"{report}/{name}"] = (root / report / name).read_bytes()
     return found | {"ablation.md": (root / "ablation" / "ablation.md").read_bytes()}
+
+
+def test_a_local_path_is_refused(cluster: Cluster, folder: Path, roots: tuple[StoragePath, StoragePath]) -> None:
+    environment = os.environ | LOOPBACK | {"RAY_ADDRESS": cluster.address, "PYTHONPATH": str(REPOSITORY)}
+    data, out = str(roots[0] / "data"), str(folder / "local")
+    command = [sys.executable, str(REPOSITORY / "workflows" / "train.py"), f"--data={data}", f"--out={out}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert (
+        f"error: out {out}: is a path of this machine, and the cluster has 2 nodes; use a URI that every node reaches"
+        in done.stderr
+    )
+    assert not Path(out).exists()
+
+
+def test_a_training_goes_on_where_there_is_room_when_its_node_is_lost(
+    cluster: Cluster, folder: Path, roots: tuple[StoragePath, StoragePath], s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of its second checkpoint. The head, which never saw the first, continues from it."""
+    lost = threading.Event()
+
+    def lose_node(asked: str, port: int) -> tuple[str, str] | None:
+        if lost.is_set() or not re.search("PUT .*/elsewhere/checkpoints/epoch_0002/model.safetensors", asked):
+            return None
+        lost.set()
+        (node,) = cluster.worker_nodes
+        cluster.remove_node(node, allow_graceful=False)
+        return "503 Slow Down", "SlowDown"
+
+    monkeypatch.setattr(s3, "hook", lose_node)
+    run_root = roots[0] / "elsewhere"
+    said = run(cluster, folder, train_elsewhere.__file__, str(roots[0] / "data"), str(run_root))
+    assert lost.is_set()
+    done = [line.split()[1] for line in said.splitlines() if " done, " in line]
+    assert done == [f"{epoch}/{train_elsewhere.NUM_EPOCHS}" for epoch in range(1, train_elsewhere.NUM_EPOCHS + 1)]
+    assert find_checkpoint(run_root).state["epoch"] == train_elsewhere.NUM_EPOCHS
