@@ -31,7 +31,7 @@ LAYERS = {
     "report": {"storage", "config", "structures", "evaluation"},
     "jobs": {"storage", "config", "structures", "recipes", "crf", "data", "models", "training", "evaluation", "report"},
 }
-PLACES = {"ray": "jobs/", "mlflow": "jobs/", "cv2": "data/"}
+PLACES = {"ray": "jobs/", "mlflow": "jobs/", "cv2": "data/", "fsspec": "storage.py"}
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -75,6 +75,17 @@ def test_a_fold_that_does_not_exist_is_refused():
             TrainConfig("data", "out", held_out=fold, num_folds=3)
 
 
+@pytest.mark.parametrize(("given", "expected"), [(4, (4, 4)), ("4", (4, 4)), ("2:8", (2, 8)), ("3:3", (3, 3))])
+def test_workers_are_a_number_or_a_range(given, expected):
+    assert TrainConfig("data", "out", num_workers=given).worker_range == expected
+
+
+@pytest.mark.parametrize("given", [0, -1, 1.5, True, "", "2:", "2-8", "0:2", "8:2", "1:2:3"])
+def test_other_workers_are_refused(given):
+    with pytest.raises(ValueError, match=r"num_workers: expected .*, such as|num_workers: expected 1 or more, as in"):
+        TrainConfig("data", "out", num_workers=given)
+
+
 def test_epochs_of_the_detection_head_alone_need_one():
     model = ModelConfig(detection_head=True)
     assert TrainConfig("data", "out", model=model, num_epochs=3, num_head_epochs=2).num_head_epochs == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from instseg.config import AblateConfig, DemoConfig, PrepareConfig, TrackingConfig
 from instseg.data.synthetic import write_synthetic_devkit
@@ -11,12 +10,19 @@ from instseg.jobs.ablate import ablate
 from instseg.jobs.prepare import prepare
 from instseg.jobs.train import train
 from instseg.recipes import synthetic
+from instseg.storage import StoragePath
 
 
 def demo(config: DemoConfig) -> None:
-    """Run the workflows one after the other into the folder `config.out`. Raises as they do."""
-    out = Path(config.out)
-    tracking = TrackingConfig(uri=f"sqlite:///{out.resolve()}/mlflow.db")
+    """Run the workflows one after the other into the folder `config.out`.
+
+    Raises:
+        ValueError: If it is no folder of this machine; else as the workflows do.
+    """
+    out = StoragePath.of(config.out).local
+    if out is None:
+        raise ValueError(f"out: expected a folder of this machine, got {config.out}; the demo runs on one")
+    tracking = TrackingConfig(uri=f"sqlite:///{out}/mlflow.db")
     devkit = out / "devkit"
     write_synthetic_devkit(str(devkit), num_train=60, num_val=40, seed=0)
     for split in ("train", "val"):

@@ -21,12 +21,13 @@ from ray.cluster_utils import Cluster
 
 from instseg.models.checkpoint import find_checkpoint
 from instseg.storage import StoragePath
-from tests.jobs import all_workflows, train_elsewhere
+from tests.jobs import all_workflows
 from tests.s3 import S3
 
 psutil = import_module("psutil", ray.__name__)  # Ray brings it along, and makes it importable
 pytestmark = pytest.mark.ray
 REPOSITORY = Path(__file__).resolve().parents[2]
+TRAIN = str(REPOSITORY / "workflows" / "train.py")
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
@@ -71,13 +72,12 @@ def roots(folder: Path, s3: S3, devkit: Path) -> tuple[StoragePath, StoragePath]
     return roots
 
 
-def run(cluster: Cluster, folder: Path, script: str, *arguments: str) -> str:
-    """What a driver on the head prints; it must succeed."""
+def run(cluster: Cluster, folder: Path, script: str, *arguments: str) -> tuple[int, str, str]:
+    """Status, output and errors of a driver on the head."""
     environment = os.environ | LOOPBACK | {"RAY_ADDRESS": cluster.address, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, script, *arguments]
     done = subprocess.run(command, cwd=folder / "driver", env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return done.returncode, done.stdout, done.stderr[-3000:]
 
 
 class Victim(NamedTuple):
@@ -128,9 +128,10 @@ def test_all_workflows_with_a_worker_killed_in_each_give_what_folders_give(
 ) -> None:
     killer = Killer(s3, VICTIMS)
     monkeypatch.setattr(s3, "hook", killer)
-    said = run(cluster, folder, all_workflows.__file__, *map(str, roots))
+    status, printed, said = run(cluster, folder, all_workflows.__file__, *map(str, roots))
+    assert status == 0, said
     assert not killer.left, "somebody was not killed"
-    assert "worker 0 failed" in said
+    assert "worker 0 failed" in printed
     stored, on_disk = (content(root) for root in roots)
     assert stored.keys() == on_disk.keys()
     assert len([name for name in stored if name.endswith("records.arrow")]) > 5
@@ -152,26 +153,23 @@ def content(root: StoragePath) -> dict[str, bytes]:
 
 
 def test_a_local_path_is_refused(cluster: Cluster, folder: Path, roots: tuple[StoragePath, StoragePath]) -> None:
-    environment = os.environ | LOOPBACK | {"RAY_ADDRESS": cluster.address, "PYTHONPATH": str(REPOSITORY)}
     data, out = str(roots[0] / "data"), str(folder / "local")
-    command = [sys.executable, str(REPOSITORY / "workflows" / "train.py"), f"--data={data}", f"--out={out}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2
+    status, _, said = run(cluster, folder, TRAIN, f"--data={data}", f"--out={out}")
+    assert status == 2
     assert (
-        f"error: out {out}: is a path of this machine, and the cluster has 2 nodes; use a URI that every node reaches"
-        in done.stderr
+        f"error: out {out}: is a path of this machine, and the cluster has 2 nodes; use a URI that every node" in said
     )
     assert not Path(out).exists()
 
 
-def test_a_training_goes_on_where_there_is_room_when_its_node_is_lost(
+def test_a_training_goes_on_with_fewer_workers_when_a_node_is_lost(
     cluster: Cluster, folder: Path, roots: tuple[StoragePath, StoragePath], s3: S3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the middle of its second checkpoint. The head, which never saw the first, continues from it."""
+    """In the middle of its second checkpoint: so from the first."""
     lost = threading.Event()
 
     def lose_node(asked: str, port: int) -> tuple[str, str] | None:
-        if lost.is_set() or not re.search("PUT .*/elsewhere/checkpoints/epoch_0002/model.safetensors", asked):
+        if lost.is_set() or not re.search("PUT .*/fewer/checkpoints/epoch_0002/model.safetensors", asked):
             return None
         lost.set()
         (node,) = cluster.worker_nodes
@@ -179,9 +177,11 @@ def test_a_training_goes_on_where_there_is_room_when_its_node_is_lost(
         return "503 Slow Down", "SlowDown"
 
     monkeypatch.setattr(s3, "hook", lose_node)
-    run_root = roots[0] / "elsewhere"
-    said = run(cluster, folder, train_elsewhere.__file__, str(roots[0] / "data"), str(run_root))
+    data, out = str(roots[0] / "data"), roots[0] / "fewer"
+    options = [f"--data={data}", f"--out={out}", "--recipe=synthetic", "--num-epochs=3", "--num-workers=1:2"]
+    status, printed, said = run(cluster, folder, TRAIN, *options, "--tracking.uri=sqlite:///fewer.db")
+    assert status == 0, said
     assert lost.is_set()
-    done = [line.split()[1] for line in said.splitlines() if " done, " in line]
-    assert done == [f"{epoch}/{train_elsewhere.NUM_EPOCHS}" for epoch in range(1, train_elsewhere.NUM_EPOCHS + 1)]
-    assert find_checkpoint(run_root).state["epoch"] == train_elsewhere.NUM_EPOCHS
+    done = [line.split()[1] for line in printed.splitlines() if " done, " in line]
+    assert done == ["1/3", "2/3", "3/3"]
+    assert find_checkpoint(out).state["step"] == 2 + 4 + 4  # four images by two workers, then by one
