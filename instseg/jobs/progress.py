@@ -14,13 +14,15 @@ Item = TypeVar("Item")
 
 
 def progress(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
-    """Yield the items and say how many of `total` there have been, e.g. "evaluated images: 40 of 120"."""
+    """Yield the items and say how many of `total` there have been, how fast, and how long the others will take."""
     if sys.stdout.isatty():
         yield from track(items, what, total)
         return
-    last = time.monotonic()
+    start = last = time.monotonic()
     for done, item in enumerate(items, 1):
         yield item
-        if time.monotonic() - last > LINE_EVERY_S:
-            last = time.monotonic()
-            print(f"{what}: {done} of {total}", flush=True)
+        now = time.monotonic()
+        if now - last > LINE_EVERY_S:
+            last = now
+            rate, minutes = done / (now - start), (total - done) * (now - start) / done / 60
+            print(f"{what}: {done} of {total}, {rate:.2f} a second, about {minutes:.0f} min left", flush=True)
