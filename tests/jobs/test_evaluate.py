@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
-from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
 from instseg.config import (
     FULL,
     AblateConfig,
+    Ablation,
     EvaluateConfig,
     InstanceCrfConfig,
     ModelConfig,
@@ -24,6 +28,7 @@ from instseg.evaluation.ap_r import ImageRecord
 from instseg.evaluation.oracles import true_map
 from instseg.evaluation.records import read_records
 from instseg.evaluation.semantic import mean_iou, total
+from instseg.jobs import evaluators as actors
 from instseg.jobs.ablate import ablate
 from instseg.jobs.cluster import JobError
 from instseg.jobs.devices import EvaluatorPlan
@@ -35,80 +40,82 @@ from instseg.models.network import InstanceNetwork
 from instseg.report.ablation import ROWS
 from instseg.report.tables import Evaluation, summary
 from instseg.structures import Sample
+from tests.jobs.alone import records_alone
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 
-class Interfered(PreparedDataset):
-    """Does something before image 3 is read."""
-
-    def __init__(self, root: str, interfere: Callable[[], None]) -> None:
-        super().__init__(root)
-        self.interfere = interfere
-
-    def __getitem__(self, index: int) -> Sample:
-        if index == 3:
-            self.interfere()
-        return super().__getitem__(index)
-
-    def __reduce__(self) -> tuple:  # this module cannot be imported by a worker: send it by value
-        return _by_value(), (str(self.root), self.interfere)
+ABLATION = Ablation(instance_crf=False)  # no row of the table
 
 
-def _by_value() -> Callable:
-    import sys
-
-    from ray import cloudpickle
-
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    return Interfered
+class Evaluated(NamedTuple):
+    config: EvaluateConfig
+    evaluation: Evaluation
+    printed: str
 
 
-def records_of(dataset: PreparedDataset, num_actors: int) -> list[ImageRecord]:
-    plan = EvaluatorPlan("cpu", num_actors, 0.0)
-    with Evaluators(dataset, InstanceNetwork(ModelConfig(), dataset.num_labels), plan) as evaluators:
-        return evaluators.records(FULL)
-
-
-def assert_same(first: list[ImageRecord], second: list[ImageRecord]) -> None:
-    np.testing.assert_equal([vars(record) for record in first], [vars(record) for record in second])
-
-
-def test_identical_for_any_number_of_actors_and_after_a_kill(tiny_data: Path, tmp_path: Path) -> None:
-    dataset = PreparedDataset(str(tiny_data))
-    expected = records_of(dataset, 1)
-    assert [record.image_id for record in expected] == sorted(dataset.image_ids)
-    assert sum(record.iou.size for record in expected) > 0
-    assert_same(records_of(dataset, 2), expected)
-
-    marker = tmp_path / "killed"
-
-    def die_once() -> None:
-        if not marker.exists():
-            marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    assert_same(records_of(Interfered(str(tiny_data), die_once), 2), expected)
-    assert marker.exists()
-
-
-def test_an_image_that_fails_is_named(tiny_data: Path) -> None:
-    def fail() -> None:
-        raise ValueError("bad pixels")
-
-    with pytest.raises(ValueError, match=r"^image_3: bad pixels$"):
-        records_of(Interfered(str(tiny_data), fail), 1)
-
-
-def test_actors_that_die_again_and_again_end_the_run(tiny_data: Path) -> None:
-    with pytest.raises(JobError, match="an evaluator died: "):
-        records_of(Interfered(str(tiny_data), lambda: os.kill(os.getpid(), signal.SIGKILL)), 1)
+@pytest.fixture(scope="module")
+def evaluated(ray_cluster: None, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+    """One evaluation with everything in it."""
+    folder, printed = tmp_path_factory.mktemp("evaluated"), io.StringIO()
+    tracking = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", experiment="test")
+    options = {"ablation": ABLATION, "tracking": tracking, "num_figures": 2, "diagnose": True}
+    config = EvaluateConfig(str(tiny_data), str(folder / "report"), **options)
+    with redirect_stdout(printed):
+        evaluation = evaluate(config)
+    return Evaluated(config, evaluation, printed.getvalue())
 
 
 @pytest.fixture
-def config(tiny_data: Path, tmp_path: Path) -> EvaluateConfig:
-    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="test")
-    return EvaluateConfig(str(tiny_data), str(tmp_path / "report"), tracking=tracking, num_figures=2)
+def config(evaluated: Evaluated, tmp_path: Path) -> EvaluateConfig:
+    """Another evaluation, which MLflow records beside it."""
+    return replace(evaluated.config, out=str(tmp_path / "report"), ablation=FULL, num_figures=0, diagnose=False)
+
+
+def records_of(data: str, ablation: Ablation) -> list[ImageRecord]:
+    """What actors must come to."""
+    dataset = PreparedDataset(data)
+    return records_alone(InstanceNetwork(ModelConfig(), dataset.num_labels), dataset, ablation)
+
+
+def interfered(data: Path, order: Path) -> PreparedDataset:
+    """The data set, but who is about to read image 3 does what a file says: fail, or die, if only once."""
+
+    class Interfered(PreparedDataset):  # in a function, so that Ray sends it to its workers with its code
+        def __getitem__(self, index: int) -> Sample:
+            if index == 3 and order.exists():
+                ordered = order.read_text()
+                if ordered == "fail":
+                    raise ValueError("bad pixels")
+                if ordered == "die once":
+                    order.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(index)
+
+    return Interfered(str(data))
+
+
+def test_deaths_change_nothing_until_they_are_too_many_and_a_bad_image_is_named(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actors, "MAX_RESTARTS", 1)
+    order = tmp_path / "order"
+    dataset = interfered(tiny_data, order)
+    network = InstanceNetwork(ModelConfig(), dataset.num_labels)
+    with Evaluators(dataset, network, EvaluatorPlan("cpu", 2, 0.0)) as evaluators:
+        order.write_text("die once")
+        records = evaluators.records(FULL)
+        assert not order.exists()
+        order.write_text("fail")
+        with pytest.raises(ValueError, match=r"^image_3: bad pixels$"):
+            evaluators.records(FULL)
+        order.write_text("die")
+        with pytest.raises(JobError, match="an evaluator died: "):
+            evaluators.records(FULL)
+    expected = records_of(str(tiny_data), FULL)
+    assert [record.image_id for record in records] == sorted(dataset.image_ids)
+    assert sum(record.iou.size for record in expected) > 0
+    np.testing.assert_equal([vars(record) for record in records], [vars(record) for record in expected])
 
 
 def runs_of(config: EvaluateConfig) -> dict:
@@ -120,8 +127,8 @@ def runs_of(config: EvaluateConfig) -> dict:
     return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
 
 
-def test_evaluate_reports_and_records(config: EvaluateConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluation = evaluate(config)
+def test_evaluate_reports_and_records(evaluated: Evaluated) -> None:
+    config, evaluation, printed = evaluated
     out = Path(config.out)
     results = json.loads((out / "results.json").read_text())
     assert results["num_images"] == evaluation.num_images == len(PreparedDataset(config.data))
@@ -130,7 +137,6 @@ def test_evaluate_reports_and_records(config: EvaluateConfig, capsys: pytest.Cap
     assert (results["config"]["device"], results["config"]["num_actors"]) == ("cpu", 2)
     assert (out / "per_class.csv").read_text().startswith("class,num_instances,ap_r_0.1")
     assert (out / "panel.png").read_bytes().startswith(b"\x89PNG")
-    printed = capsys.readouterr().out
     assert (out / "report.txt").read_text().splitlines()[2] in printed
     assert config.out in printed
     assert "evaluating 7 images with 2 actors on CPUs; the cluster has 2 CPUs and 0 GPUs on 1 node" in printed
@@ -139,12 +145,17 @@ def test_evaluate_reports_and_records(config: EvaluateConfig, capsys: pytest.Cap
     assert run.info.status == "FINISHED"
     assert run.data.params["device"] == "cpu"
     assert run.data.metrics["authors/ap_r_vol"] == pytest.approx(evaluation.metrics()["authors/ap_r_vol"])
-    artifacts = {path.name for path in (out.parent / "mlartifacts").rglob("*") if path.is_file()}
+    artifacts = {path.name for path in (out.parent / "mlartifacts").rglob("*") if path.parent.name == "artifacts"}
     assert artifacts == {
         *("results.json", "per_class.csv", "report.txt", "records.arrow"),
-        *("calibration.png", "panel.png"),
+        *("calibration.png", "panel.png", "diagnosis.txt", "diagnosis.json"),
     }
-    records = read_records(out / "records.arrow")
+
+
+def test_the_records_are_those_of_the_ablation(evaluated: Evaluated) -> None:
+    config, evaluation, _ = evaluated
+    records, expected = read_records(Path(config.out) / "records.arrow"), records_of(config.data, ABLATION)
+    np.testing.assert_equal([vars(record) for record in records], [vars(record) for record in expected])
     assert Evaluation.of(records, evaluation.classes).metrics() == evaluation.metrics()
     detections = [sample.detections for sample in PreparedDataset(config.data)]
     assert [len(record.validity) for record in records] == [len(found) for found in detections]
@@ -152,11 +163,9 @@ def test_evaluate_reports_and_records(config: EvaluateConfig, capsys: pytest.Cap
     assert any(record.matched.any() for record in records)
 
 
-def test_a_diagnosis_is_printed_written_and_recorded(
-    config: EvaluateConfig, capsys: pytest.CaptureFixture[str]
-) -> None:
-    evaluation = evaluate(replace(config, num_figures=0, diagnose=True))
-    out, printed = Path(config.out), capsys.readouterr().out
+def test_a_diagnosis_is_printed_written_and_recorded(evaluated: Evaluated) -> None:
+    config, evaluation, printed = evaluated
+    out = Path(config.out)
     assert summary(evaluation) + "\n\n" + (out / "diagnosis.txt").read_text() in printed
     assert "diagnosis 1 of 6: true semantic map\n" in printed
     metrics = json.loads((out / "diagnosis.json").read_text())["metrics"]
@@ -165,24 +174,26 @@ def test_a_diagnosis_is_printed_written_and_recorded(
     assert metrics["true_map_and_detections/ap_r_vol"] > 99
     logged = {name: value for name, value in runs_of(config)["report"].data.metrics.items() if "diagnosis/" in name}
     assert logged == pytest.approx({f"diagnosis/{name}": value for name, value in metrics.items()})
-    artifacts = {path.name for path in (out.parent / "mlartifacts").rglob("*") if path.is_file()}
-    assert artifacts > {"diagnosis.txt", "diagnosis.json"}
 
 
-def test_a_true_map_reaches_the_crf_of_a_semantic_network(tiny_data: Path) -> None:
+def test_a_true_map_reaches_the_crf_of_a_semantic_network(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no use for the data's logits, so the truth must come in behind it."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # an actor, in the tests' own process
     dataset = PreparedDataset(str(tiny_data))
-    network = InstanceNetwork(ModelConfig(semantic="lraspp_mobilenet_v3_large"), dataset.num_labels).eval()
-    with Evaluators(dataset, network, EvaluatorPlan("cpu", 1, 0.0)) as evaluators:
-        records = evaluators.records(FULL, true_map)
+    model = ModelConfig(semantic="lraspp_mobilenet_v3_large")
+    state = {name: tensor.numpy() for name, tensor in InstanceNetwork(model, dataset.num_labels).state_dict().items()}
+    actor = actors._Evaluator(dataset, model, state, "cpu")
+    records = [actor.record(index, FULL, true_map) for index in range(len(dataset))]
     assert mean_iou(total((record.confusion_before for record in records), dataset.num_labels)) == 1.0
 
 
+@pytest.mark.usefixtures("without_shape_checks")  # which take longer than the bootstrap
 def test_ablate_puts_the_rows_side_by_side(config: EvaluateConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = ablate(AblateConfig(config.data, config.out, tracking=config.tracking, num_figures=0))
+    rows = ablate(AblateConfig(config.data, config.out, tracking=config.tracking, num_actors=1, num_figures=0))
     assert list(rows) == [row.name for row in ROWS]
-    alone = evaluate(replace(config, num_figures=0, ablation=ROWS[1].ablation))
-    assert alone.metrics() == pytest.approx(rows["identification"].metrics(), nan_ok=True)
+    for row in ROWS:
+        expected = Evaluation.of(records_of(config.data, row.ablation), rows[row.name].classes)
+        assert rows[row.name].metrics() == pytest.approx(expected.metrics(), rel=0, abs=0, nan_ok=True)
     out = Path(config.out)
     table = (out / "ablation.md").read_text().splitlines()
     assert len(table) == 2 + len(ROWS) + 1 + 2 + len(ROWS) - 1
