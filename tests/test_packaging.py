@@ -10,12 +10,13 @@ import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.test_architecture import LAYERS
-from tests.test_readme import blocks, snippet_inputs
+from tests.test_readme import blocks
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
@@ -102,6 +103,16 @@ def test_importing_the_crf_imports_nothing_else(fresh: Path, tmp_path: Path) -> 
     assert {"crf"} <= parts <= {"crf"} | LAYERS["crf"]
     others = {name.split(".")[0] for name in imported} - {"instseg"}
     assert others <= {*sys.stdlib_module_names, "torch", "numpy"}, others
+
+
+def snippet_inputs() -> dict[str, Any]:
+    """The names that the Python snippets take for granted."""
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 255, (200, 220, 3)).astype(np.uint8),
+        "semantic_probabilities": np.full((21, 50, 55), 1 / 21),
+        "unary": rng.normal(size=(21, 200, 220)).astype(np.float32),
+    }
 
 
 def test_the_readmes_snippets_run(fresh: Path, tmp_path: Path) -> None:
