@@ -29,7 +29,7 @@ from instseg.models.checkpoint import find_checkpoint
 from instseg.storage import StoragePath
 from tests.s3 import S3, running_s3
 
-NUM_IMAGES, SIZE, ROUNDS = 16, (375, 500), 3
+NUM_IMAGES, SIZE, ROUNDS = 16, (376, 496), 3
 LATENCY_S = 0.025  # of each request
 GPU_STEP_S = 0.05  # during which a training on a GPU leaves the CPU to the readers
 
