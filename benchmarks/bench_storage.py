@@ -29,7 +29,7 @@ from instseg.models.checkpoint import find_checkpoint
 from instseg.storage import StoragePath
 from tests.s3 import S3, running_s3
 
-NUM_IMAGES, SIZE, ROUNDS = 16, (376, 496), 3
+NUM_IMAGES, SIZE, ROUNDS = 16, (376, 496), 2
 LATENCY_S = 0.025  # of each request
 GPU_STEP_S = 0.05  # during which a training on a GPU leaves the CPU to the readers
 
@@ -45,10 +45,11 @@ def main() -> None:
             (roots["store"] / path.relative_to(local).as_posix()).publish_file(path)
         tracking = TrackingConfig(f"sqlite:///{folder}/mlflow.db")
         with cluster():
+            _measure(roots["folder"], "warm_up", tracking, s3)  # Ray's workers, compiled code
             rounds = [
                 {kind: _measure(root, f"round_{number}", tracking, s3) for kind, root in roots.items()}
-                for number in range(ROUNDS + 1)
-            ][1:]  # the first warms up Ray's workers and compiled code
+                for number in range(ROUNDS)
+            ]
     result = {name: _compare([(r["folder"][name], r["store"][name]) for r in rounds]) for name in rounds[0]["store"]}
     for name, row in result.items():
         print(f"{name:28}  folder {row['folder']:9.2f}  store {row['store']:9.2f}  ratio {row['ratio']}")
