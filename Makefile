@@ -16,7 +16,7 @@ demo: .venv/.installed
 	$(BIN)/python workflows/demo.py
 
 test: .venv/.installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .
@@ -25,6 +25,7 @@ lint: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/bench_crf.py
+	$(BIN)/python benchmarks/bench_storage.py
 
 clean:
 	rm -rf .venv runs .pytest_cache .ruff_cache

@@ -17,6 +17,11 @@ os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # 30 by default: t
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tests are no use, and the counting is a process of its own
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest first, so that no process is left with them at the end: two nodes, then all that starts Ray."""
+    items.sort(key=lambda item: (item.path.name != "test_two_nodes.py", item.get_closest_marker("ray") is None))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The real data beside the repository; a test that asks for it skips where it is absent."""

@@ -26,8 +26,10 @@ def run_all(root: StoragePath) -> None:
     logits = str(root / "devkit" / "logits")
     prepare(PrepareConfig(devkit, "train", detections, data, logits, classes, shard_size=SHARD_SIZE))
     train(TrainConfig(data, run, num_epochs=NUM_EPOCHS, device="cpu", tracking=TRACKING))
-    evaluate(EvaluateConfig(data, str(root / "report"), run, tracking=TRACKING, num_figures=1))
-    ablate(AblateConfig(data, str(root / "ablation"), run, tracking=TRACKING, num_figures=0))
+    num_actors = 1 if root.scheme == "file" else 2  # one on each node; the numbers are the same
+    report, ablation = str(root / "report"), str(root / "ablation")
+    evaluate(EvaluateConfig(data, report, run, tracking=TRACKING, num_actors=num_actors, num_figures=1))
+    ablate(AblateConfig(data, ablation, run, tracking=TRACKING, num_actors=num_actors, num_figures=0))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -25,9 +24,11 @@ from tests.jobs import all_workflows
 from tests.s3 import S3
 
 psutil = import_module("psutil", ray.__name__)  # Ray brings it along, and makes it importable
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(3000)]  # six minutes on an idle machine
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN = str(REPOSITORY / "workflows" / "train.py")
+# Ray Train asks for the workers that there were, and for what is left of them after this many seconds.
+ENVIRONMENT = {"PYTHONPATH": str(REPOSITORY), "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
@@ -74,7 +75,7 @@ def roots(folder: Path, s3: S3, devkit: Path) -> tuple[StoragePath, StoragePath]
 
 def run(cluster: Cluster, folder: Path, script: str, *arguments: str) -> tuple[int, str, str]:
     """Status, output and errors of a driver on the head."""
-    environment = os.environ | LOOPBACK | {"RAY_ADDRESS": cluster.address, "PYTHONPATH": str(REPOSITORY)}
+    environment = os.environ | LOOPBACK | ENVIRONMENT | {"RAY_ADDRESS": str(cluster.address)}
     command = [sys.executable, script, *arguments]
     done = subprocess.run(command, cwd=folder / "driver", env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr[-3000:]
@@ -100,19 +101,19 @@ class Killer:
             return None
         if not any(re.search(self.left[0].after, request) for request in self.s3.requests):
             return None
-        pid = asking(port)
-        if pid is None or self.left[0].process not in " ".join(psutil.Process(pid).cmdline()):
-            return None
-        del self.left[0]
-        os.kill(pid, signal.SIGKILL)
-        return "503 Slow Down", "SlowDown"
+        with suppress(psutil.Error):  # it may end at any time
+            process = psutil.Process(asking(port))
+            if self.left[0].process in " ".join(process.cmdline()):
+                del self.left[0]
+                process.kill()
+                return "503 Slow Down", "SlowDown"
+        return None
 
 
-def asking(port: int) -> int | None:
-    """The process at the other end of a connection."""
-    with suppress(psutil.Error):
-        return next((each.pid for each in psutil.net_connections("tcp") if each.laddr[1:] == (port,)), None)
-    return None
+def asking(port: int) -> int:
+    """The process at the other end of a connection; this one if that has ended."""
+    pids = (each.pid for each in psutil.net_connections("tcp") if each.laddr[1:] == (port,))
+    return next(filter(None, pids), os.getpid())
 
 
 VICTIMS = (
