@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from instseg.config import TrainConfig
 from instseg.data.dataset import PreparedDataset
@@ -52,17 +53,17 @@ def train(config: TrainConfig, parent: Tracker | None = None) -> StoragePath:
     check_model(config.model, dataset.num_labels)
     config = _with_absolute_paths(config)
     checkpoint = latest_checkpoint(run)
+    settings = training_settings(config, dataset)
     if checkpoint is not None:
-        check_same_run(checkpoint, training_settings(config, dataset))
+        check_same_run(checkpoint, settings)
     epoch = checkpoint.state["epoch"] if checkpoint else 0
     if epoch < config.num_epochs:
         _continue(config, dataset, checkpoint, parent)
     else:
         print(f"nothing to do: {run} has finished its {epoch} epochs", flush=True)
-        if (
-            run / SPOOL
-        ).size() is not None:  # MLflow could not be reached, or the driver was killed before it had logged all
-            with _recorded(config, dataset, checkpoint, parent):
+        # MLflow could not be reached, or the driver was killed before it had logged all.
+        if (run / SPOOL).size() is not None:
+            with _recorded(config, settings, checkpoint, parent):
                 pass
     checkpoint = find_checkpoint(run)
     print(f"latest checkpoint: {checkpoint.folder}", flush=True)
@@ -95,8 +96,9 @@ def _continue(
             f"{config.num_workers} workers on {config.device.upper()}s: {config.out}",
             flush=True,
         )
-        with _recorded(config, dataset, checkpoint, parent) as tracker:
-            fit(config, training_settings(config, dataset), tracker, epoch)
+        settings = training_settings(config, dataset)  # now that the device is known
+        with _recorded(config, settings, checkpoint, parent) as tracker:
+            fit(config, settings, tracker, epoch)
 
 
 def _with_device(config: TrainConfig) -> TrainConfig:
@@ -118,10 +120,10 @@ def _with_device(config: TrainConfig) -> TrainConfig:
 
 @contextmanager
 def _recorded(
-    config: TrainConfig, dataset: PreparedDataset, checkpoint: Checkpoint | None, parent: Tracker | None
+    config: TrainConfig, settings: dict[str, Any], checkpoint: Checkpoint | None, parent: Tracker | None
 ) -> Iterator[Tracker]:
     """The MLflow run: first what the checkpoint knows of it, at the end the latest checkpoint itself."""
-    run, settings = StoragePath.of(config.out), training_settings(config, dataset)
+    run = StoragePath.of(config.out)
     name = run.parent.name if parent else run.name
     tags = {"workflow": "train", "mlflow.source.git.commit": settings["provenance"]["commit"] or "unknown"}
     with Tracker.start(config.tracking, name, settings, tags, run / SPOOL, parent) as tracker:
