@@ -219,7 +219,7 @@ class StoragePath:
     def check_writable(self) -> None:
         """Raise OSError unless files can be written here, as a first contact; in a store one is."""
         if self.local is not None:
-            nearest = next(path for path in (self.local, *self.local.parents) if path.exists())
+            nearest = nearest_existing(self.local)
             if not os.access(nearest, os.W_OK):
                 raise PermissionError(f"{self}: cannot be written: no permission to write to {nearest}")
             return
@@ -253,6 +253,11 @@ class StoragePath:
                 "give the nodes a role, that may read and write it"
             )
         return f"{self}: cannot be reached ({reason}); check the URI, the network and the store's free space"
+
+
+def nearest_existing(path: Path) -> Path:
+    """An absolute path itself if it exists, else the nearest thing above it that does."""
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 class _StoreFile(io.RawIOBase):

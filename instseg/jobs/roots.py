@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from instseg.jobs.cluster import cluster_nodes
-from instseg.storage import Place, StoragePath
+from instseg.storage import Place, StoragePath, nearest_existing
 
 
 def check_inputs(**places: Place | None) -> None:
@@ -22,7 +22,7 @@ def check_out(out: Place) -> StoragePath:
     """
     root = StoragePath.of(out)
     if root.local is not None:
-        nearest = next(path for path in (root.local, *root.local.parents) if path.exists())
+        nearest = nearest_existing(root.local)
         if not nearest.is_dir():
             raise ValueError(
                 f"out {out}: expected a folder or a new name, but {nearest} is a file; choose another --out"
