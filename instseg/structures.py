@@ -13,6 +13,7 @@ from instseg.checks import array, require
 
 BACKGROUND = 0
 IGNORE_LABEL = 255
+VOID = -1  # of instance maps
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,8 @@ import pyarrow as pa
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from instseg.data.voc import VOID, decode_image
-from instseg.structures import Detections, Sample
+from instseg.data.images import decode_image, decode_photograph
+from instseg.structures import VOID, Detections, Sample
 
 FORMAT_VERSION = 2  # raise it whenever the same inputs would give other bytes
 
@@ -72,7 +72,7 @@ def decode_row(row: dict[str, Any]) -> Sample:
     semantic, instances, logits = row["semantic"], row["instances"], row["semantic_logits"]
     return Sample(
         image_id=row["image_id"],
-        image=np.array(decode_image(row["image"]).convert("RGB")),
+        image=decode_photograph(row["image"]).pixels,
         detections=_decode_detections(row["detections"], row["height"], row["width"]),
         semantic=None if semantic is None else np.array(decode_image(semantic)),
         instances=None if instances is None else decode_instances(instances),

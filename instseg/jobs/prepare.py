@@ -16,7 +16,8 @@ from instseg.data.manifest import collect_settings, collect_versions, has_manife
 from instseg.data.network_outputs import DetectionRecord, read_detections
 from instseg.data.quarantine import QuarantineRow, check_share, read_quarantine, write_quarantine
 from instseg.data.shards import ShardPlan, ShardReport, ShardTask, make_shard
-from instseg.data.voc import BACKGROUND_NAME, VOC_CLASSES, open_devkit, read_lines
+from instseg.data.source import read_lines
+from instseg.data.voc import BACKGROUND_NAME, VOC_CLASSES, open_devkit
 from instseg.jobs.cluster import cluster
 from instseg.jobs.progress import progress
 from instseg.jobs.roots import check_inputs, check_nodes, check_out
