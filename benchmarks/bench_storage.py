@@ -66,7 +66,15 @@ def _measure(root: StoragePath, name: str, tracking: TrackingConfig, s3: S3) -> 
     devkit, data = root / "devkit", str(root / name / "data")
     run, report = str(root / name / "run"), str(root / name / "report")
     detections, logits, classes = (str(devkit / name) for name in ("detections.json", "logits", "classes.txt"))
-    inputs = PrepareConfig(str(devkit), "train", detections, data, logits, classes, shard_size=4)
+    inputs = PrepareConfig(
+        out=data,
+        devkit=str(devkit),
+        split="train",
+        classes=classes,
+        detections=detections,
+        logits=logits,
+        shard_size=4,
+    )
     s3.requests.clear()
     found = {
         "prepare_s": _seconds(lambda: prepare(inputs)),

@@ -114,14 +114,37 @@ FULL = Ablation()
 
 @dataclass(frozen=True)
 class PrepareConfig(_Checked):
-    """workflows/prepare.py: a VOC devkit and the outputs of two networks become Parquet shards."""
+    """workflows/prepare.py: photographs and the outputs of two networks become Parquet shards.
 
-    devkit: str  # a folder with JPEGImages/ SegmentationClass/ SegmentationObject/ ImageSets/Segmentation/
-    split: str  # a name in ImageSets/Segmentation
-    detections: str  # COCO results JSON
+    The photographs are of a VOC devkit, of SBD (with a devkit too, for trainaug), of a COCO-format JSON, or without
+    ground truth. Detections and logits are another system's, or of networks that are run here, or there are none.
+    """
+
     out: str  # new data directory
+    devkit: str | None = (
+        None  # a folder with JPEGImages/ SegmentationClass/ SegmentationObject/ ImageSets/Segmentation/
+    )
+    sbd: str | None = None  # a folder with img/ cls/ inst/ train.txt val.txt
+    coco: str | None = None  # instances JSON; the photographs are in --images
+    images: str | None = None  # folder; without --coco also a file or a glob
+    split: str | None = (
+        None  # of --devkit: a name in ImageSets/Segmentation; of --sbd: train, val, train_noval, trainaug
+    )
+    # "voc", or a text file, one foreground class a line; default: the 20 VOC classes, or all of --coco
+    classes: str | None = None
+    min_pixels: int = (
+        0  # of --coco: images with fewer pixels of the classes are left out; the paper's training set: 200
+    )
+    detections: str | None = None  # COCO results JSON
+    detector: str | None = None  # instead: a Faster R-CNN of torchvision by name, to be run
+    detector_weights: str = "default"  # "default": torchvision's, of COCO; or a state dict, .safetensors or .pth
+    nms_iou: float = 0.3  # of --detector: of two boxes of a class that overlap more, the better stays
     logits: str | None = None  # folder of <image_id>.npz
-    classes: str | None = None  # text file, one foreground class a line; default: the 20 VOC classes
+    semantic: str | None = (
+        None  # instead: a segmentation network of torchvision by name, or a run or checkpoint of ours
+    )
+    semantic_weights: str | None = "default"  # as --detector-weights; of COCO with VOC's classes
+    device: Device = "auto"  # of the networks; "auto": GPUs if there are any, else CPUs
     min_score: float = 0.05  # detections below are left out
     grabcut_iterations: int = 5  # for each detection; the paper gives no number
     shard_size: int = 16  # images per Parquet file, and per task
@@ -129,10 +152,20 @@ class PrepareConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unit_interval("min_score", self.min_score)
-        unit_interval("max_quarantined", self.max_quarantined)
-        positive("shard_size", self.shard_size)
-        positive("grabcut_iterations", self.grabcut_iterations)
+        for name in ("min_score", "max_quarantined", "nms_iou"):
+            unit_interval(name, getattr(self, name))
+        for name in ("shard_size", "grabcut_iterations"):
+            positive(name, getattr(self, name))
+        non_negative("min_pixels", self.min_pixels)
+        roots = [name for name in ("devkit", "sbd", "coco", "images") if getattr(self, name) is not None]
+        known = (["devkit"], ["sbd"], ["devkit", "sbd"], ["coco", "images"], ["images"])
+        named = " and ".join(roots) or "none of them"
+        require(roots in known, "photographs", "--devkit, --sbd (or both), --coco with --images, or --images", named)
+        has_splits = self.devkit is not None or self.sbd is not None
+        require(has_splits == (self.split is not None), "split", "one with --devkit or --sbd, else none", self.split)
+        for network, files in (("detector", "detections"), ("semantic", "logits")):
+            both = getattr(self, network) is not None and getattr(self, files) is not None
+            require(not both, network, f"no --{files} beside it", getattr(self, network))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from PIL import ExifTags, Image, ImageOps
 
 _PNG, _BIT_DEPTH = b"\x89PNG\r\n\x1a\n", 24  # how a PNG begins, and where its header has the bits of a channel
 _UPRIGHT = 1  # EXIF orientation
+ROTATED = "rotated as its EXIF orientation says"
 
 
 class ImageFile(NamedTuple):
@@ -19,7 +20,7 @@ class ImageFile(NamedTuple):
     Attributes:
         content: The original JPEG or PNG bytes.
         pixels: (H, W, 3) uint8 RGB, upright.
-        notes: What had to be done to get these pixels, such as "rotated as its EXIF orientation says".
+        notes: What had to be done to get these pixels, such as `ROTATED`.
     """
 
     content: bytes
@@ -70,5 +71,5 @@ def decode_photograph(content: bytes, rotate: bool = True) -> ImageFile:
                 "image; rotate the file's pixels, or remove the tag"
             )
         image = ImageOps.exif_transpose(image)
-        notes.append("rotated as its EXIF orientation says")
+        notes.append(ROTATED)
     return ImageFile(content, np.array(image.convert("RGB")), tuple(notes))

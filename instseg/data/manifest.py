@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -10,34 +11,44 @@ from typing import Any
 from instseg.config import PrepareConfig
 from instseg.data.dataset import MANIFEST, read_manifest
 from instseg.data.files import digest, sha256_of, write_json
+from instseg.data.quarantine import QuarantineRow, count_by_kind
 from instseg.data.schema import FORMAT_VERSION
 from instseg.data.shards import ShardReport
-from instseg.data.voc import VocDevkit
+from instseg.data.source import Listing
 from instseg.storage import StorageError, StoragePath
 
+_NETWORK_PACKAGES = {"torch": "torch", "torchvision": "torchvision"}
 _PACKAGES = {"opencv": "opencv-python-headless", "pyarrow": "pyarrow", "numpy": "numpy", "pillow": "pillow"}
 
 _NUM_READERS = 32  # a store, or a disk across a network, answers many at once
 
 
-def collect_settings(
-    config: PrepareConfig, devkit: VocDevkit, image_ids: list[str], classes: tuple[str, ...]
-) -> dict[str, Any]:
+def collect_settings(config: PrepareConfig, listing: Listing, networks: dict[str, Any]) -> dict[str, Any]:
     """All that the bytes of a data set depend on, without paths: settings, and hashes of every input's content.
+
+    Args:
+        config: The options.
+        listing: What they name.
+        networks: JSON values: what the outputs of the networks that are run depend on.
 
     Raises:
         FileNotFoundError: If there is no folder of logits.
     """
+    items, image_ids = listing.items, [item.image_id for item in listing.items]
     return {
+        "sources": sorted({item.source for item in items}),
         "split": config.split,
-        "classes": list(classes),
+        "classes": list(listing.source.classes),
+        "min_pixels": config.min_pixels,
         "min_score": config.min_score,
         "grabcut_iterations": config.grabcut_iterations,
         "shard_size": config.shard_size,
         "image_ids": digest(image_ids),
-        "images": _digest_files(path for image_id in image_ids for path in devkit.files(image_id)),
-        "detections": sha256_of(config.detections),
+        "images": _digest_files(path for item in items for path in listing.source.files(item)),
+        "records": digest([digest(item.record) for item in items]),
+        "detections": None if config.detections is None else sha256_of(config.detections),
         "logits": _digest_logits(config.logits, image_ids),
+        "networks": networks,
     }
 
 
@@ -64,9 +75,11 @@ def _digest_file(path: StoragePath) -> str | None:
         return None
 
 
-def collect_versions() -> dict[str, Any]:
+def collect_versions(config: PrepareConfig) -> dict[str, Any]:
     """Versions that the bytes may depend on, "format" being our own."""
-    return {"format": FORMAT_VERSION} | {name: version(package) for name, package in _PACKAGES.items()}
+    runs_networks = config.detector is not None or config.semantic is not None
+    packages = _PACKAGES | (_NETWORK_PACKAGES if runs_networks else {})
+    return {"format": FORMAT_VERSION} | {name: version(package) for name, package in packages.items()}
 
 
 def has_manifest(out: StoragePath, settings: dict[str, Any]) -> bool:
@@ -88,19 +101,25 @@ def has_manifest(out: StoragePath, settings: dict[str, Any]) -> bool:
 
 
 def write_manifest(
-    out: StoragePath, settings: dict[str, Any], reports: list[ShardReport], num_quarantined: int
+    out: StoragePath,
+    settings: dict[str, Any],
+    reports: list[ShardReport],
+    quarantined: list[QuarantineRow],
+    versions: dict[str, Any],
 ) -> None:
-    """Write the manifest, which makes the data set complete."""
+    """Write the manifest, which makes the data set complete; `versions` are `collect_versions`."""
     manifest = {
-        "source": "voc",
         "split": settings["split"],
         "classes": settings["classes"],
         "num_images": sum(len(report.image_ids) for report in reports),
+        "num_instances": sum(report.num_instances for report in reports),
         "num_detections": sum(report.num_detections for report in reports),
         "num_box_foregrounds": sum(report.num_box_foregrounds for report in reports),
-        "num_quarantined": num_quarantined,
+        "num_quarantined": len(quarantined),
+        "quarantined": count_by_kind(quarantined),
+        "notes": dict(sum((Counter(report.notes) for report in reports), Counter())),
         "settings": settings,
-        "versions": collect_versions(),
+        "versions": versions,
         "shards": [
             {name: getattr(report, name) for name in ("file", "num_bytes", "sha256", "image_ids")} for report in reports
         ],

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import IO, Any, TypeGuard
 
@@ -71,12 +72,16 @@ def _parse_int(digits: str) -> int | float:
 
 
 def import_detections(
-    image_id: str, records: list[DetectionRecord], size: tuple[int, int], num_labels: int, min_score: float
+    image_id: str,
+    records: list[DetectionRecord],
+    size: tuple[int, int],
+    categories: Mapping[int, int],
+    min_score: float,
 ) -> tuple[Detections, list[QuarantineRow]]:
     """Check the records of one image of `size` (height, width) and keep those that score `min_score` or more.
 
-    Detectors regress boxes that overshoot the image, so boxes are clipped to it; one with less than half of its
-    area inside is bad.
+    `categories` has the label of each category id that they may have, 0 for those to leave out. Detectors regress
+    boxes that overshoot the image, so boxes are clipped to it; one with less than half of its area inside is bad.
 
     Returns:
         Detections without foregrounds, in file order, and a row for each bad record.
@@ -85,8 +90,8 @@ def import_detections(
     for record in records:
         try:
             with blame(image_id, record.file):
-                label, score, box = _check(record.entry, size, num_labels)
-                if score >= min_score and score > 0:
+                label, score, box = _check(record.entry, size, categories)
+                if label and score >= min_score and score > 0:
                     kept.append(_detection(label, score, box))
         except CorruptItemError as error:
             rows.append(error.row)
@@ -99,15 +104,18 @@ def _detection(label: int, score: float, box: list[float]) -> Detections:
     return Detections(np.array([label]), np.array([score], np.float32), np.array([box], np.float32))
 
 
-def _check(entry: dict[str, Any], size: tuple[int, int], num_labels: int) -> tuple[int, float, list[float]]:
-    label, score, bbox = entry.get("category_id"), entry.get("score"), entry.get("bbox")
-    if not isinstance(label, int) or isinstance(label, bool) or not 1 <= label < num_labels:
-        raise ValueError(f"category_id: expected a class in 1..{num_labels - 1}, got {label!r}")
+def _check(
+    entry: dict[str, Any], size: tuple[int, int], categories: Mapping[int, int]
+) -> tuple[int, float, list[float]]:
+    category, score, bbox = entry.get("category_id"), entry.get("score"), entry.get("bbox")
+    if not isinstance(category, int) or isinstance(category, bool) or category not in categories:
+        ids = f"one of the {len(categories)} categories in {min(categories)}..{max(categories)}"
+        raise ValueError(f"category_id: expected {ids}, got {category!r}")
     if not _is_number(score) or not 0 <= score <= 1:
         raise ValueError(f"score: expected a number in [0, 1], got {score!r}")
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(_is_number(value) for value in bbox):
         raise ValueError(f"bbox: expected four finite numbers [x, y, width, height], got {bbox!r}")
-    return label, float(score), _clip(bbox, size)
+    return categories[category], float(score), _clip(bbox, size)
 
 
 def _is_number(value: object) -> TypeGuard[float]:

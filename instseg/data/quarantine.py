@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -37,6 +39,10 @@ class CorruptItemError(Exception):
         super().__init__(str(self.row))
 
 
+class LeftOut(Exception):  # noqa: N818, for it is none
+    """An image is no part of the data set, by a rule of that set, which the message names; nothing is wrong with it."""
+
+
 @contextmanager
 def blame(image_id: str, file: str) -> Iterator[None]:
     """Turn whatever is raised inside into a `CorruptItemError` of this file, unless it is one of another file.
@@ -45,7 +51,7 @@ def blame(image_id: str, file: str) -> Iterator[None]:
     """
     try:
         yield
-    except (CorruptItemError, StorageError):  # a store that is down makes no item bad
+    except (CorruptItemError, LeftOut, StorageError):  # a store that is down makes no item bad
         raise
     except FileNotFoundError:
         raise CorruptItemError(image_id, file, "file is missing") from None
@@ -101,3 +107,9 @@ def read_quarantine(place: Place) -> list[QuarantineRow]:
         return [QuarantineRow(**row) for row in table.to_pylist()]
     except (OSError, ValueError, TypeError, pa.ArrowException) as error:
         raise ValueError(f"{place}: damaged ({' '.join(str(error).split())})") from None
+
+
+def count_by_kind(rows: Iterable[QuarantineRow]) -> dict[str, int]:
+    """How many rows there are of each kind of reason, the most frequent first: what stands before its details."""
+    kinds = Counter(re.split(r"[:;(]|, got| of \d| \d", row.reason)[0].strip() for row in rows)
+    return dict(sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0])))

@@ -21,7 +21,7 @@ _DETECTION = pa.struct(
         pa.field("label", pa.int16()),
         pa.field("score", pa.float32()),
         pa.field("box", pa.list_(pa.float32(), 4)),  # xyxy pixels, half-open
-        pa.field("foreground", _RLE),
+        pa.field("foreground", _RLE),  # null until it is computed
         pa.field("foreground_source", pa.string()),  # "grabcut" or "box"
     ]
 )
@@ -43,13 +43,13 @@ SCHEMA = pa.schema(
 )
 
 
-def encode_row(sample: Sample, image_file: bytes, foreground_sources: list[str], source: str) -> dict[str, Any]:
-    """A row of `SCHEMA` from a sample whose detections have foregrounds.
+def encode_row(sample: Sample, image_file: bytes, foreground_sources: list[str] | None, source: str) -> dict[str, Any]:
+    """A row of `SCHEMA` from a sample.
 
     Args:
         sample: The sample; its `image` is the decoded `image_file`.
         image_file: The original JPEG or PNG bytes.
-        foreground_sources: D times "grabcut" or "box".
+        foreground_sources: D times "grabcut" or "box"; None if the detections have no foregrounds yet.
         source: The data set that the image comes from, such as "voc".
     """
     height, width = sample.image.shape[:2]
@@ -62,8 +62,8 @@ def encode_row(sample: Sample, image_file: bytes, foreground_sources: list[str],
         "semantic": None if sample.semantic is None else _encode_png(sample.semantic),
         "instances": None if sample.instances is None else encode_instances(sample.instances),
         "instance_labels": sample.instance_labels.tolist(),
-        "detections": _encode_detections(sample.detections, foreground_sources),
-        "semantic_logits": None if sample.logits is None else _encode_logits(sample.logits),
+        "detections": encode_detections(sample.detections, foreground_sources),
+        "semantic_logits": None if sample.logits is None else encode_logits(sample.logits),
     }
 
 
@@ -73,7 +73,7 @@ def decode_row(row: dict[str, Any]) -> Sample:
     return Sample(
         image_id=row["image_id"],
         image=decode_photograph(row["image"]).pixels,
-        detections=_decode_detections(row["detections"], row["height"], row["width"]),
+        detections=decode_detections(row["detections"], row["height"], row["width"]),
         semantic=None if semantic is None else np.array(decode_image(semantic)),
         instances=None if instances is None else decode_instances(instances),
         instance_labels=np.array(row["instance_labels"], np.int64),
@@ -107,26 +107,32 @@ def _encode_png(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _encode_detections(detections: Detections, sources: list[str]) -> list[dict[str, Any]]:
+def encode_detections(detections: Detections, sources: list[str] | None) -> list[dict[str, Any]]:
+    """The entries of a row for D detections, with what each foreground came from; None without foregrounds."""
     foregrounds = detections.foregrounds
-    if foregrounds is None or len(sources) != len(detections):
-        raise ValueError("detections: expected foregrounds and one source for each before a row is written")
+    if sources is not None and (foregrounds is None or len(sources) != len(detections)):
+        raise ValueError("detections: expected foregrounds and one source for each")
     return [
         {
             "label": int(detections.labels[index]),
             "score": float(detections.scores[index]),
             "box": detections.boxes[index].tolist(),
-            "foreground": coco_mask.encode(np.asfortranarray(foregrounds[index], np.uint8)),
-            "foreground_source": sources[index],
+            "foreground": None
+            if sources is None or foregrounds is None
+            else coco_mask.encode(np.asfortranarray(foregrounds[index], np.uint8)),
+            "foreground_source": None if sources is None else sources[index],
         }
         for index in range(len(detections))
     ]
 
 
-def _decode_detections(entries: list[dict[str, Any]], height: int, width: int) -> Detections:
-    foregrounds = np.zeros((len(entries), height, width), np.bool_)
-    for index, entry in enumerate(entries):
-        foregrounds[index] = coco_mask.decode(entry["foreground"])
+def decode_detections(entries: list[dict[str, Any]], height: int, width: int) -> Detections:
+    """The detections of a row whose image has that size; without foregrounds if one of them has none yet."""
+    complete = all(entry["foreground"] is not None for entry in entries)
+    foregrounds = np.zeros((len(entries), height, width), np.bool_) if complete else None
+    if foregrounds is not None:
+        for index, entry in enumerate(entries):
+            foregrounds[index] = coco_mask.decode(entry["foreground"])
     return Detections(
         labels=np.array([entry["label"] for entry in entries], np.int64),
         scores=np.array([entry["score"] for entry in entries], np.float32),
@@ -135,5 +141,6 @@ def _decode_detections(entries: list[dict[str, Any]], height: int, width: int) -
     )
 
 
-def _encode_logits(logits: np.ndarray) -> dict[str, Any]:
+def encode_logits(logits: np.ndarray) -> dict[str, Any]:
+    """A row's entry for (L, h, w) logits, as float16."""
     return {"shape": list(logits.shape), "data": np.ascontiguousarray(logits, "<f2").tobytes()}

@@ -108,7 +108,7 @@ def _stems(folder: StoragePath, suffix: str) -> set[str]:
     return {name.removesuffix(suffix) for name in folder.files() if name.endswith(suffix)}
 
 
-def open_devkit(path: Place) -> VocDevkit:
+def open_devkit(path: Place, classes: tuple[str, ...] = (BACKGROUND_NAME, *VOC_CLASSES)) -> VocDevkit:
     """The devkit at `path`, which is VOC2012 itself or a folder with exactly one VOCyyyy.
 
     Raises:
@@ -119,13 +119,13 @@ def open_devkit(path: Place) -> VocDevkit:
     if not root.is_folder():
         raise FileNotFoundError(f"devkit {path}: no such folder")
     if (root / "JPEGImages").is_folder():
-        return VocDevkit(_complete(root))
+        return VocDevkit(_complete(root), classes)
     found = [root / name for name in root.folders() if name.startswith("VOC")]
     if len(found) > 1:
         raise ValueError(f"devkit {path}: name one of {', '.join(str(folder) for folder in found)}")
     if not found:
         raise FileNotFoundError(f"devkit {path}: expected JPEGImages/ or one VOCyyyy/ in it, found neither")
-    return VocDevkit(_complete(found[0]))
+    return VocDevkit(_complete(found[0]), classes)
 
 
 def _complete(root: StoragePath) -> StoragePath:

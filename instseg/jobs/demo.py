@@ -26,7 +26,9 @@ def demo(config: DemoConfig) -> None:
     devkit = out / "devkit"
     write_synthetic_devkit(str(devkit), num_train=60, num_val=40, seed=0)
     for split in ("train", "val"):
-        inputs = PrepareConfig(str(devkit), split, detections=f"{devkit}/detections.json", out=str(out / split))
+        inputs = PrepareConfig(
+            devkit=str(devkit), split=split, detections=f"{devkit}/detections.json", out=str(out / split)
+        )
         prepare(replace(inputs, logits=f"{devkit}/logits", classes=f"{devkit}/classes.txt"))
     run = replace(synthetic(str(out / "train"), str(out / "run")), tracking=tracking)
     train(run)

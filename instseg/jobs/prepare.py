@@ -1,4 +1,4 @@
-"""A devkit and the outputs of two networks become Parquet shards and then a manifest (Ray Data)."""
+"""Photographs, and the outputs of two networks, become Parquet shards and then a manifest (Ray Data)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -15,15 +16,18 @@ from instseg.data.files import digest
 from instseg.data.manifest import collect_settings, collect_versions, has_manifest, write_manifest
 from instseg.data.network_outputs import DetectionRecord, read_detections
 from instseg.data.quarantine import QuarantineRow, check_share, read_quarantine, write_quarantine
-from instseg.data.shards import ShardPlan, ShardReport, ShardTask, make_shard
-from instseg.data.source import read_lines
-from instseg.data.voc import BACKGROUND_NAME, VOC_CLASSES, open_devkit
+from instseg.data.shards import ShardPlan, ShardReport, ShardTask
+from instseg.data.stages import Draft, foreground, read, write
 from instseg.jobs.cluster import cluster
+from instseg.jobs.networks import describe_networks, stages_of, through_networks
 from instseg.jobs.progress import progress
 from instseg.jobs.roots import check_inputs, check_nodes, check_out
+from instseg.jobs.sources import list_images
+from instseg.report.preparation import stage_table
 from instseg.storage import StoragePath
 
 QUARANTINE = "quarantine.parquet"
+_ROOTS = ("devkit", "sbd", "coco", "images")  # options that name photographs
 
 
 def prepare(config: PrepareConfig) -> PreparedDataset:
@@ -40,61 +44,43 @@ def prepare(config: PrepareConfig) -> PreparedDataset:
         OSError: If `out` cannot be written, such as on a full disk, or a store cannot be reached.
     """
     start = time.monotonic()
-    check_inputs(devkit=config.devkit, detections=config.detections, logits=config.logits)
+    check_inputs(**{name: getattr(config, name) for name in (*_ROOTS, "detections", "logits")})
     out = check_out(config.out)
-    devkit = open_devkit(config.devkit)
-    image_ids = devkit.image_ids(config.split)
-    classes = (BACKGROUND_NAME, *read_classes(config.classes))
-    records, orphans = read_detections(config.detections)
-    orphans += _unknown_images(records, devkit.known_ids().union(image_ids))
-    settings = collect_settings(config, devkit, image_ids, classes)
+    listing = list_images(config)
+    records, orphans = read_detections(config.detections) if config.detections is not None else ({}, [])
+    orphans += listing.quarantined + _unknown_images(records, listing.known_ids)
+    settings = collect_settings(config, listing, describe_networks(config))
+    num_images = len(listing.items)
     if has_manifest(out, settings) and _is_sound(out):
         print(f"nothing to do: {out} is complete and was prepared with these settings", flush=True)
-        _check_quarantine(read_quarantine(out / QUARANTINE), len(image_ids), config.max_quarantined, out)
+        _check_quarantine(read_quarantine(out / QUARANTINE), num_images, config.max_quarantined, out)
         return PreparedDataset(out)
 
     plan = ShardPlan(
         out=out,
-        devkit=devkit,
+        source=listing.source,
         logits=None if config.logits is None else StoragePath.of(config.logits),
-        classes=classes,
-        has_ground_truth=devkit.has_ground_truth(image_ids),
         min_score=config.min_score,
         grabcut_iterations=config.grabcut_iterations,
-        digest=digest(settings | collect_versions()),
+        digest=digest(settings | collect_versions(config)),
     )
-    starts = range(0, len(image_ids), config.shard_size)
-    shards = [image_ids[first : first + config.shard_size] for first in starts]
-    reports, num_kept = _write_shards(plan, [ShardTask.of(k, ids, records) for k, ids in enumerate(shards)])
+    starts = range(0, num_images, config.shard_size)
+    tasks = [ShardTask.of(k, listing.items[i : i + config.shard_size], records) for k, i in enumerate(starts)]
+    del listing, records  # each task has its share
+    reports, seconds, num_kept = _write_shards(config, plan, tasks)
     quarantined = orphans + [row for report in reports for row in report.quarantined]
     write_quarantine(out / QUARANTINE, quarantined)
-    _check_quarantine(quarantined, len(image_ids), config.max_quarantined, out)
-    write_manifest(out, settings, reports, len(quarantined))
+    _check_quarantine(quarantined, num_images, config.max_quarantined, out)
+    write_manifest(out, settings, reports, quarantined, collect_versions(config))
     dataset = PreparedDataset(out)
-    _summarise(dataset, num_kept, time.monotonic() - start)
+    num_done = sum(len(report.image_ids) for report, kept in zip(reports, num_kept, strict=True) if not kept)
+    print(stage_table(seconds, num_done), flush=True)
+    _summarise(dataset, sum(num_kept), time.monotonic() - start)
     return dataset
 
 
-def read_classes(path: str | None) -> tuple[str, ...]:
-    """Foreground class names, one a line; those of VOC by default.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not UTF-8, is empty, repeats a name, or names the background.
-    """
-    if path is None:
-        return VOC_CLASSES
-    try:
-        names = read_lines(StoragePath.of(path))
-    except (FileNotFoundError, IsADirectoryError):
-        raise FileNotFoundError(f"classes {path}: no such file") from None
-    if not names or len(set(names)) < len(names) or BACKGROUND_NAME in names:
-        raise ValueError(f"classes {path}: expected distinct foreground class names, one a line, got {names}")
-    return tuple(names)
-
-
-def _unknown_images(records: dict[str, list[DetectionRecord]], known: set[str]) -> list[QuarantineRow]:
-    reason = "detection for an image that is not in the devkit"
+def _unknown_images(records: dict[str, list[DetectionRecord]], known: frozenset[str]) -> list[QuarantineRow]:
+    reason = "detection for an image that is not in the data set"
     unknown = sorted(records.keys() - known)
     return [QuarantineRow(image_id, record.file, reason) for image_id in unknown for record in records[image_id]]
 
@@ -113,40 +99,53 @@ def _is_sound(out: StoragePath) -> bool:
     return True
 
 
-def _write_shards(plan: ShardPlan, tasks: list[ShardTask]) -> tuple[list[ShardReport], int]:
-    """One task of one CPU a shard; Ray repeats a task whose worker dies.
+def _write_shards(
+    config: PrepareConfig, plan: ShardPlan, tasks: list[ShardTask]
+) -> tuple[list[ShardReport], dict[str, float], list[bool]]:
+    """Send each shard through the stages, as one row, which is one block; Ray repeats a task whose worker dies.
+
+    On CPUs all stages of a shard are one task; with GPUs the networks are actors on these, and what comes before and
+    after them are tasks, all at the same time.
 
     Returns:
-        What the shards hold, in their order, and how many were there already.
+        What the shards hold, in their order; what each stage took of all workers together; which were there already.
     """
     import ray.data  # takes seconds, so that --help and a run with nothing to do go without
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    reports: dict[str, ShardReport] = {}
-    num_kept = 0
+    results: dict[str, dict[str, Any]] = {}
+    classes, networks = plan.source.classes, stages_of(config)
+    for network in networks:
+        network(config, classes, "cpu")  # a mistake in its options is found before anything is computed
     with cluster():
-        check_nodes(devkit=plan.devkit.root, logits=plan.logits, out=plan.out)
+        roots = {name: getattr(config, name) for name in (*_ROOTS, "logits", "out")}
+        check_nodes(**{name: StoragePath.of(root) for name, root in roots.items() if root is not None})
         (plan.out / MANIFEST).delete()
         ray.data.DataContext.get_current().enable_progress_bars = False  # `progress` reports
         rows = ray.data.from_items([asdict(task) for task in tasks], override_num_blocks=len(tasks))
-        results = rows.map(lambda row: _try_shard(plan, ShardTask(**row)), num_cpus=1)
-        for result in progress(results.iter_rows(), len(tasks), "prepared shards"):
-            if result["error"]:
-                raise OSError(result["error"])
-            num_kept += result["kept"]
-            report = ShardReport.of_json(json.loads(result["report"]))
-            reports[report.file] = report
+        rows = rows.map(lambda row: read(plan, ShardTask(**row)).encode(), num_cpus=1)
+        rows = through_networks(rows, networks, config, classes)
+        rows = rows.map(lambda row: _finish(plan, Draft.decode(row)), num_cpus=1)
+        for row in progress(rows.iter_rows(), len(tasks), "prepared shards"):
+            if row["error"]:
+                raise OSError(row["error"])
+            results[row["file"]] = json.loads(row["result"])
     _remove_leftovers(plan, tasks)
-    return [reports[task.file] for task in tasks], num_kept
+    ordered = [results[task.file] for task in tasks]
+    seconds = sum((Counter(result["seconds"]) for result in ordered), Counter[str]())
+    reports = [ShardReport.of_json(result["report"]) for result in ordered]
+    return reports, seconds, [result["kept"] for result in ordered]
 
 
-def _try_shard(plan: ShardPlan, task: ShardTask) -> dict[str, Any]:
+def _finish(plan: ShardPlan, draft: Draft) -> dict[str, Any]:
     """A full disk is a result: of an exception, Ray Data would pass on neither the type nor one clear line."""
+    result, error = {}, ""
     try:
-        report, kept = make_shard(plan, task)
-        return {"report": json.dumps(asdict(report)), "kept": kept, "error": ""}
-    except OSError as error:
-        return {"report": "", "kept": False, "error": str(error)}
+        report = write(plan, foreground(plan, draft))
+        result = {"report": asdict(report), "kept": draft.kept, "seconds": draft.seconds}
+    except OSError as problem:
+        error = str(problem)
+    return {"file": draft.task.file, "result": json.dumps(result), "error": error}
 
 
 def _remove_leftovers(plan: ShardPlan, tasks: list[ShardTask]) -> None:
@@ -166,9 +165,11 @@ def _check_quarantine(rows: list[QuarantineRow], num_images: int, max_quarantine
 def _summarise(dataset: PreparedDataset, num_kept: int, seconds: float) -> None:
     manifest = dataset.manifest
     kept = f" ({num_kept} of {len(manifest['shards'])} shards were there already)" if num_kept else ""
+    for what, number in (manifest["notes"] | manifest["quarantined"]).items():
+        print(f"{number} images {what}" if what in manifest["notes"] else f"quarantined {number}: {what}")
     print(
-        f"prepared {manifest['num_images']} images, {manifest['num_detections']} detections "
-        f"({manifest['num_box_foregrounds']} with their box as foreground), "
+        f"prepared {manifest['num_images']} images, {manifest['num_instances']} instances, "
+        f"{manifest['num_detections']} detections ({manifest['num_box_foregrounds']} with their box as foreground), "
         f"quarantined {manifest['num_quarantined']} items, in {seconds:.0f} s{kept}: {dataset.root}",
         flush=True,
     )

@@ -12,6 +12,7 @@ import pytest
 from instseg.data.dataset import PreparedDataset, read_ahead
 from instseg.data.files import read_json, write_json
 from instseg.data.schema import FORMAT_VERSION
+from instseg.data.source import Item
 from instseg.data.voc import open_devkit
 from instseg.storage import StoragePath
 from tests.s3 import S3
@@ -25,9 +26,11 @@ def test_samples_equal_the_devkit(root: Path, devkit: Path) -> None:
     for index in (3, 0, 2, 1):
         sample = dataset[index]
         assert sample.image_id == dataset.image_ids[index]
-        _, image = reader.read_image(sample.image_id)
-        semantic, instances, labels = reader.read_masks(sample.image_id, image.shape[:2], 6)
-        np.testing.assert_array_equal(sample.image, image)
+        item = Item(sample.image_id, "voc")
+        truth = reader.read_truth(item, sample.image.shape[:2])
+        assert truth is not None
+        semantic, instances, labels = truth
+        np.testing.assert_array_equal(sample.image, reader.read_image(item).pixels)
         np.testing.assert_array_equal(sample.semantic, semantic)
         np.testing.assert_array_equal(sample.instances, instances)
         np.testing.assert_array_equal(sample.instance_labels, labels)

@@ -14,11 +14,13 @@ import pytest
 from instseg.data.dataset import PreparedDataset
 from instseg.data.network_outputs import import_detections, read_detections, read_logits
 from instseg.data.quarantine import CorruptItemError, QuarantineRow
-from instseg.data.voc import VocDevkit
-from instseg.storage import StoragePath
+from instseg.data.source import Item, Truth
+from instseg.data.voc import open_devkit
 from instseg.structures import Sample
+from tests.data.conftest import NAMES
 
 IMAGE_ID, SIZE, NUM_LABELS = "scene_00001", (64, 96), 6
+ITEM, CATEGORIES = Item(IMAGE_ID, "voc"), {label: label for label in range(1, NUM_LABELS)}
 
 
 def damages(content: bytes, num: int, seed: int) -> Iterator[bytes]:
@@ -66,9 +68,15 @@ def inputs(devkit: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def _truth(inputs: Path) -> Truth:
+    truth = open_devkit(inputs, NAMES).read_truth(ITEM, SIZE)
+    assert truth is not None
+    return truth
+
+
 def test_images(inputs: Path) -> None:
     def read() -> None:
-        _, image = VocDevkit(StoragePath.of(inputs)).read_image(IMAGE_ID)
+        image = open_devkit(inputs).read_image(ITEM).pixels
         assert image.dtype == np.uint8
         assert image.ndim == 3
 
@@ -81,12 +89,10 @@ def test_images(inputs: Path) -> None:
 @pytest.mark.parametrize("folder", ["SegmentationClass", "SegmentationObject"])
 def test_masks(inputs: Path, folder: str) -> None:
     """A PNG has checksums, so that what can be read is what was written."""
-    expected = VocDevkit(StoragePath.of(inputs)).read_masks(IMAGE_ID, SIZE, NUM_LABELS)
+    expected = _truth(inputs)
 
     def read() -> None:
-        for got, want in zip(
-            VocDevkit(StoragePath.of(inputs)).read_masks(IMAGE_ID, SIZE, NUM_LABELS), expected, strict=True
-        ):
+        for got, want in zip(_truth(inputs), expected, strict=True):
             np.testing.assert_array_equal(got, want)
 
     counts = outcomes(inputs / folder / f"{IMAGE_ID}.png", 1000, 1, read)
@@ -115,7 +121,7 @@ def test_detections(inputs: Path) -> None:
         records, orphans = read_detections(str(path))
         assert all(isinstance(row, QuarantineRow) for row in orphans)
         for image_id in records:
-            detections, bad = import_detections(image_id, records[image_id], SIZE, NUM_LABELS, min_score=0)
+            detections, bad = import_detections(image_id, records[image_id], SIZE, CATEGORIES, min_score=0)
             detections.check_image(*SIZE, NUM_LABELS)
             rows.extend(bad)
 

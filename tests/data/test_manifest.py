@@ -9,8 +9,7 @@ import pytest
 
 from instseg.config import PrepareConfig
 from instseg.data.manifest import collect_settings
-from instseg.data.voc import VocDevkit
-from instseg.storage import StoragePath
+from instseg.data.voc import open_devkit
 
 
 @pytest.fixture
@@ -20,10 +19,10 @@ def inputs(devkit: Path, tmp_path: Path) -> Path:
 
 
 def _settings(inputs: Path) -> dict[str, Any]:
-    reader = VocDevkit(StoragePath.of(inputs))
+    listing = open_devkit(inputs, ("background", "a")).list_split("train")
     detections, logits = str(inputs / "detections.json"), str(inputs / "logits")
     config = PrepareConfig(devkit=str(inputs), split="train", detections=detections, out="out", logits=logits)
-    return collect_settings(config, reader, reader.image_ids("train"), ("background", "a"))
+    return collect_settings(config, listing, {})
 
 
 def _flip_last_bit(path: Path) -> None:

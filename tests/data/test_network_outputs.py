@@ -14,27 +14,28 @@ from instseg.data.network_outputs import DetectionRecord, import_detections, rea
 from instseg.data.quarantine import CorruptItemError
 
 SIZE, NUM_LABELS = (60, 80), 21  # height, width
+CATEGORIES = {label: label for label in range(1, NUM_LABELS)}
 GOOD: dict[str, Any] = {"image_id": "a", "category_id": 20, "bbox": [10.5, 20, 30, 25.25], "score": 0.5}
 
 
 def test_good_detections_keep_their_order_and_values() -> None:
     entries = [GOOD, GOOD | {"score": 0.04}, GOOD | {"category_id": 1, "score": 1}, GOOD | {"score": 0}]
     records = [DetectionRecord(f"d[{index}]", entry) for index, entry in enumerate(entries)]
-    detections, bad = import_detections("a", records, SIZE, NUM_LABELS, min_score=0.05)
+    detections, bad = import_detections("a", records, SIZE, CATEGORIES, min_score=0.05)
     assert bad == []
     assert detections.labels.tolist() == [20, 1]
     assert detections.scores.tolist() == [0.5, 1.0]
     np.testing.assert_allclose(detections.boxes[0], [10.5, 20, 40.5, 45.25])
-    assert len(import_detections("a", records, SIZE, NUM_LABELS, min_score=0)[0]) == 3  # a score of 0 is never kept
+    assert len(import_detections("a", records, SIZE, CATEGORIES, min_score=0)[0]) == 3  # a score of 0 is never kept
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"category_id": 0}, r"expected a class in 1\.\.20, got 0"),
-        ({"category_id": 21}, r"expected a class in 1\.\.20, got 21"),
-        ({"category_id": True}, "expected a class"),
-        ({"category_id": 1.0}, "expected a class"),
+        ({"category_id": 0}, r"one of the 20 categories in 1\.\.20, got 0"),
+        ({"category_id": 21}, r"one of the 20 categories in 1\.\.20, got 21"),
+        ({"category_id": True}, "one of the 20 categories"),
+        ({"category_id": 1.0}, "one of the 20 categories"),
         ({"score": float("nan")}, r"expected a number in \[0, 1\], got nan"),
         ({"score": 1.01}, "got 1.01"),
         ({"score": -0.1}, "got -0.1"),
@@ -56,7 +57,7 @@ def test_good_detections_keep_their_order_and_values() -> None:
 )
 def test_a_bad_detection_is_dropped_alone(change: dict[str, Any], reason: str) -> None:
     records = [DetectionRecord("d.json[7]", GOOD | change), DetectionRecord("d.json[8]", GOOD)]
-    detections, bad = import_detections("a", records, SIZE, NUM_LABELS, min_score=0.05)
+    detections, bad = import_detections("a", records, SIZE, CATEGORIES, min_score=0.05)
     assert len(detections) == 1
     (row,) = bad
     assert (row.image_id, row.file) == ("a", "d.json[7]")
@@ -65,22 +66,22 @@ def test_a_bad_detection_is_dropped_alone(change: dict[str, Any], reason: str) -
 
 def test_a_score_that_float32_makes_zero_is_bad_where_it_would_count() -> None:
     record = DetectionRecord("d", GOOD | {"score": 1e-50})
-    detections, bad = import_detections("a", [record], SIZE, NUM_LABELS, min_score=0)
+    detections, bad = import_detections("a", [record], SIZE, CATEGORIES, min_score=0)
     assert len(detections) == 0
     assert "expected a confidence in (0, 1], got 0.0" in bad[0].reason
-    assert import_detections("a", [record], SIZE, NUM_LABELS, min_score=0.05)[1] == []
+    assert import_detections("a", [record], SIZE, CATEGORIES, min_score=0.05)[1] == []
 
 
 def test_a_box_that_overshoots_the_image_is_clipped() -> None:
     record = DetectionRecord("d", GOOD | {"bbox": [-4, 50.5, 100, 12]})
-    detections, bad = import_detections("a", [record], SIZE, NUM_LABELS, min_score=0)
+    detections, bad = import_detections("a", [record], SIZE, CATEGORIES, min_score=0)
     assert bad == []
     np.testing.assert_array_equal(detections.boxes, np.array([[0, 50.5, 80, 60]], np.float32))
     detections.check_image(*SIZE, NUM_LABELS)
 
 
 def test_no_detection_at_all() -> None:
-    detections, bad = import_detections("a", [], SIZE, NUM_LABELS, min_score=0)
+    detections, bad = import_detections("a", [], SIZE, CATEGORIES, min_score=0)
     assert (len(detections), bad) == (0, [])
     assert detections.boxes.shape == (0, 4)
 
@@ -98,7 +99,7 @@ def test_a_number_of_thousands_of_digits_is_bad_alone(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text(json.dumps([GOOD, GOOD | {"score": 17}]).replace("17", "1" * 5000))
     records, _ = read_detections(str(path))
-    detections, bad = import_detections("a", records["a"], SIZE, NUM_LABELS, min_score=0)
+    detections, bad = import_detections("a", records["a"], SIZE, CATEGORIES, min_score=0)
     assert len(detections) == 1
     assert [row.file for row in bad] == ["results.json[1]"]
 

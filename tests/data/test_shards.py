@@ -11,8 +11,10 @@ import pytest
 from instseg import storage
 from instseg.data.foreground import compute_foregrounds
 from instseg.data.network_outputs import DetectionRecord
-from instseg.data.shards import ShardPlan, ShardTask, make_shard
+from instseg.data.shards import ShardPlan, ShardTask
+from instseg.data.source import Item
 from instseg.storage import StorageError, StoragePath
+from tests.data.conftest import make_shard
 from tests.s3 import S3
 
 
@@ -26,6 +28,10 @@ def task(tasks: list[ShardTask]) -> ShardTask:
     return tasks[0]
 
 
+def ids_of(task: ShardTask) -> list[str]:
+    return [item.image_id for item, _ in task.items]
+
+
 def _content(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
@@ -36,7 +42,7 @@ def test_a_shard_that_is_there_is_kept(plan: ShardPlan, task: ShardTask, out: Pa
     time = (out / task.file).stat().st_mtime_ns
     assert make_shard(plan, task) == (report, True)
     assert (out / task.file).stat().st_mtime_ns == time
-    assert report.image_ids == task.image_ids
+    assert report.image_ids == ids_of(task)
     assert report.num_bytes == (out / task.file).stat().st_size
 
 
@@ -73,23 +79,24 @@ def test_an_object_store_gets_the_bytes_that_a_folder_gets(
 def test_a_task_has_its_own_images_detections_alone() -> None:
     """Whatever their entries are: strings that are no UTF-8, numbers beyond floats."""
     records = {name: [DetectionRecord(f"{name}[0]", {"x": value})] for name, value in (("a", "\ud800"), ("b", 10**500))}
-    task = ShardTask.of(0, ["a", "c"], records)
-    assert task.records == {"a": records["a"]}
-    assert ShardTask.of(0, ["b"], {"b": [DetectionRecord("f", {"x": float("inf")})]}).records["b"][0].entry["x"] > 1e308
+    items = [Item("a", "voc"), Item("c", "coco", {"file_name": "c.jpg"})]
+    assert ShardTask.of(0, items, records).items == [(items[0], records["a"]), (items[1], [])]
+    infinite = {"a": [DetectionRecord("f", {"x": float("inf")})]}
+    assert ShardTask.of(0, items, infinite).items[0][1][0].entry["x"] > 1e308
 
 
 def test_whatever_an_image_raises_is_one_row(plan: ShardPlan, task: ShardTask, monkeypatch: pytest.MonkeyPatch) -> None:
-    second = task.image_ids[1]
+    second = ids_of(task)[1]
 
     def fail(image, detections, image_id, num_iterations):
         if image_id == second:
             raise cv2.error("odd\nerror")
         return compute_foregrounds(image, detections, image_id, num_iterations)
 
-    monkeypatch.setattr("instseg.data.shards.compute_foregrounds", fail)
+    monkeypatch.setattr("instseg.data.stages.compute_foregrounds", fail)
     report, _ = make_shard(plan, task)
-    assert report.image_ids == [image_id for image_id in task.image_ids if image_id != second]
-    assert [str(row) for row in report.quarantined] == [f"{second}: JPEGImages/{second}.jpg: error: odd error"]
+    assert report.image_ids == [image_id for image_id in ids_of(task) if image_id != second]
+    assert [str(row) for row in report.quarantined] == [f"{second}: stage foreground: error: odd error"]
 
 
 def test_a_store_that_is_down_is_no_fault_of_an_image(

@@ -9,7 +9,7 @@ from instseg.data.network_outputs import import_detections, read_detections, rea
 from instseg.data.scenes import draw_scene
 from instseg.data.synthetic import write_synthetic_devkit
 from instseg.data.voc import open_devkit
-from instseg.jobs.prepare import read_classes
+from instseg.jobs.sources import read_classes
 
 
 def _content(root: Path) -> dict[str, bytes]:
@@ -17,20 +17,22 @@ def _content(root: Path) -> dict[str, bytes]:
 
 
 def test_reads_like_any_other_data_set(devkit: Path) -> None:
-    reader, classes = open_devkit(str(devkit)), read_classes(str(devkit / "classes.txt"))
+    classes = read_classes(str(devkit / "classes.txt"))
+    reader = open_devkit(str(devkit), ("background", *classes))
     num_labels = len(classes) + 1
     records, orphans = read_detections(str(devkit / "detections.json"))
     assert not orphans
-    ids = reader.image_ids("train") + reader.image_ids("val")
-    assert len(ids) == 6
-    for image_id in ids:
-        _, image = reader.read_image(image_id)
-        semantic, instances, labels = reader.read_masks(image_id, (64, 96), num_labels)
-        assert image.shape == (64, 96, 3)
+    items = reader.list_split("train").items + reader.list_split("val").items
+    assert len(items) == 6
+    for item in items:
+        image_id, truth = item.image_id, reader.read_truth(item, (64, 96))
+        assert truth is not None
+        semantic, instances, labels = truth
+        assert reader.read_image(item).pixels.shape == (64, 96, 3)
         assert len(labels) >= 3
         assert (labels > 0).all()
         assert ((semantic == 255) == (instances == -1)).all()
-        _, bad = import_detections(image_id, records.get(image_id, []), (64, 96), num_labels, 0.05)
+        _, bad = import_detections(image_id, records.get(image_id, []), (64, 96), reader.categories, 0.05)
         assert bad == []
         assert read_logits(str(devkit / "logits"), image_id, num_labels).shape == (num_labels, 8, 12)
 
@@ -46,9 +48,11 @@ def test_same_seed_same_bytes(devkit: Path, tmp_path: Path) -> None:
 def test_networks_are_informative_and_wrong_in_places(devkit: Path) -> None:
     reader = open_devkit(str(devkit))
     agree, total = 0, 0
-    for image_id in reader.image_ids("train"):
-        semantic, _, _ = reader.read_masks(image_id, (64, 96), 6)
-        logits = read_logits(str(devkit / "logits"), image_id, 6).astype(np.float32)
+    for item in reader.list_split("train").items:
+        truth = reader.read_truth(item, (64, 96))
+        assert truth is not None
+        semantic = truth.semantic
+        logits = read_logits(str(devkit / "logits"), item.image_id, 6).astype(np.float32)
         coarse = logits.argmax(0).repeat(8, 0).repeat(8, 1)
         known = semantic != 255
         agree, total = agree + (coarse == semantic)[known].sum(), total + known.sum()

@@ -8,19 +8,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from instseg.data.images import decode_image
 from instseg.data.quarantine import CorruptItemError
-from instseg.data.voc import VOC_CLASSES, VocDevkit, decode_image, instance_classes, open_devkit
-from instseg.storage import StoragePath
+from instseg.data.source import Item
+from instseg.data.voc import instance_classes, open_devkit
+from tests.data.conftest import NAMES
+
+ITEM = Item("scene_00001", "voc")
 
 
 @pytest.mark.real_data
 def test_real_images_and_masks_are_what_pillow_reads(shared_data: Path) -> None:
     devkit = open_devkit(str(shared_data / "VOCdevkit"))
-    for image_id in devkit.image_ids("val")[::12]:
-        _, image = devkit.read_image(image_id)
-        semantic, instances, labels = devkit.read_masks(image_id, image.shape[:2], len(VOC_CLASSES) + 1)
+    for item in devkit.list_split("val").items[::12]:
+        image = devkit.read_image(item).pixels
+        truth = devkit.read_truth(item, image.shape[:2])
+        assert truth is not None
+        semantic, instances, labels = truth
 
-        def read(folder: str, suffix: str, image_id: str = image_id) -> np.ndarray:
+        def read(folder: str, suffix: str, image_id: str = item.image_id) -> np.ndarray:
             with Image.open(f"{devkit.root}/{folder}/{image_id}{suffix}") as file:
                 return np.array(file)
 
@@ -49,24 +55,36 @@ def test_names_what_is_missing(devkit: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="JPEGImages"):
         open_devkit(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="splits that exist: train, val"):
-        VocDevkit(StoragePath.of(devkit)).image_ids("test")
+        open_devkit(devkit).list_split("test")
 
 
-@pytest.mark.parametrize("text", ["", "a\nb\na\n", "../secret\n"])
-def test_refuses_a_strange_split(devkit: Path, tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ["", "../secret\n", "..\n", ".hidden\n", "a/b\n"])
+def test_refuses_a_split_without_ids(devkit: Path, tmp_path: Path, text: str) -> None:
     shutil.copytree(devkit, tmp_path, dirs_exist_ok=True)
     (tmp_path / "ImageSets/Segmentation/odd.txt").write_text(text)
-    with pytest.raises(ValueError, match=r"odd\.txt: expected one image id a line"):
-        VocDevkit(StoragePath.of(tmp_path)).image_ids("odd")
+    with pytest.raises(ValueError, match=r"odd\.txt: expected one image id a line, got none"):
+        open_devkit(tmp_path).list_split("odd")
+
+
+def test_strange_ids_are_set_aside(devkit: Path, tmp_path: Path) -> None:
+    shutil.copytree(devkit, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "ImageSets/Segmentation/odd.txt").write_text("b 1\na\n../b\nb -1\n")
+    listing = open_devkit(tmp_path).list_split("odd")
+    assert [item.image_id for item in listing.items] == ["a", "b"]
+    assert [str(row) for row in listing.quarantined] == [
+        "../b: odd.txt: id is not a plain file name",
+        "b: odd.txt: id is there 2 times; taken once",
+    ]
+    assert listing.known_ids >= {"a", "b", "scene_00001"}
 
 
 def test_a_split_that_is_no_text_is_named(devkit: Path, tmp_path: Path) -> None:
     shutil.copytree(devkit, tmp_path, dirs_exist_ok=True)
     (tmp_path / "ImageSets/Segmentation/odd.txt").write_bytes("scene_00001\n".encode("utf-16"))
     with pytest.raises(ValueError, match=r"odd\.txt: expected text in UTF-8"):
-        VocDevkit(StoragePath.of(tmp_path)).image_ids("odd")
+        open_devkit(tmp_path).list_split("odd")
     (tmp_path / "ImageSets/Segmentation/odd.txt").write_text("scene_00001\r\n", "utf-8-sig")  # as Windows writes it
-    assert VocDevkit(StoragePath.of(tmp_path)).image_ids("odd") == ["scene_00001"]
+    assert open_devkit(tmp_path).list_split("odd").items == [ITEM]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RecursionError("deep"), RuntimeError("odd"), KeyError("x")])
@@ -77,22 +95,23 @@ def test_whatever_an_image_raises_is_of_this_image(
         raise error
 
     monkeypatch.setattr("instseg.data.voc.decode_image", fail)
+    monkeypatch.setattr("instseg.data.images.decode_image", fail)
     with pytest.raises(CorruptItemError, match=type(error).__name__) as caught:
-        VocDevkit(StoragePath.of(devkit)).read_image("scene_00001")
+        open_devkit(devkit).read_image(ITEM)
     assert caught.value.row.file == "JPEGImages/scene_00001.jpg"
     with pytest.raises(CorruptItemError, match=type(error).__name__) as caught:
-        VocDevkit(StoragePath.of(devkit)).read_masks("scene_00001", (64, 96), 6)
+        open_devkit(devkit).read_truth(ITEM, (64, 96))
     assert caught.value.row.file == "SegmentationClass/scene_00001.png"
 
 
 def test_images_without_masks_are_test_images(devkit: Path, tmp_path: Path) -> None:
     shutil.copytree(devkit, tmp_path, dirs_exist_ok=True)
-    copy = VocDevkit(StoragePath.of(tmp_path))
-    ids = copy.image_ids("val")
-    assert copy.has_ground_truth(ids)
+    listing = open_devkit(tmp_path).list_split("val")
+    assert listing.source.read_truth(listing.items[0], (64, 96)) is not None
     for folder in ("SegmentationClass", "SegmentationObject"):
         shutil.rmtree(tmp_path / folder)
-    assert not copy.has_ground_truth(ids)
+    listing = open_devkit(tmp_path).list_split("val")
+    assert listing.source.read_truth(listing.items[0], (64, 96)) is None
 
 
 def _png(mode: str, size: tuple[int, int], value: int | tuple[int, ...]) -> bytes:
@@ -120,7 +139,7 @@ def test_a_bad_mask_is_named(devkit: Path, tmp_path: Path, content: bytes | None
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(CorruptItemError, match=reason) as caught:
-        VocDevkit(StoragePath.of(tmp_path)).read_masks("scene_00001", (64, 96), 6)
+        open_devkit(tmp_path, NAMES).read_truth(ITEM, (64, 96))
     assert (caught.value.row.image_id, caught.value.row.file) == ("scene_00001", "SegmentationClass/scene_00001.png")
     assert str(tmp_path) not in str(caught.value)
 

@@ -22,9 +22,16 @@ TRACKING = TrackingConfig("sqlite:///mlflow.db")
 def run_all(root: StoragePath) -> None:
     """All four, one after the other."""
     devkit, data, run = (str(root / name) for name in ("devkit", "data", "run"))
-    detections, classes = str(root / "devkit" / "detections.json"), str(root / "devkit" / "classes.txt")
-    logits = str(root / "devkit" / "logits")
-    prepare(PrepareConfig(devkit, "train", detections, data, logits, classes, shard_size=SHARD_SIZE))
+    inputs = PrepareConfig(
+        out=data,
+        devkit=devkit,
+        split="train",
+        classes=f"{devkit}/classes.txt",
+        detections=f"{devkit}/detections.json",
+        logits=f"{devkit}/logits",
+        shard_size=SHARD_SIZE,
+    )
+    prepare(inputs)
     train(TrainConfig(data, run, num_epochs=NUM_EPOCHS, device="cpu", tracking=TRACKING))
     num_actors = 1 if root.scheme == "file" else 2  # one on each node; the numbers are the same
     report, ablation = str(root / "report"), str(root / "ablation")

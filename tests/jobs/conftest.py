@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from instseg.data.files import sha256_of, write_json
+from instseg.data.images import ImageFile
 from instseg.data.schema import FORMAT_VERSION, SCHEMA, encode_row
+from instseg.data.source import Item
 from instseg.data.voc import VocDevkit
 from instseg.structures import Detections, Sample
 
@@ -94,10 +96,10 @@ def deadly(devkit: VocDevkit, fatal: str, died: Path) -> VocDevkit:
     """The devkit, but the first process that reads this image is killed; a file says that it was."""
 
     class Deadly(VocDevkit):  # in a function, so that Ray sends it to its workers with its code
-        def read_image(self, image_id: str) -> tuple[bytes, np.ndarray]:
-            if image_id == fatal and not died.exists():
+        def read_image(self, item: Item) -> ImageFile:
+            if item.image_id == fatal and not died.exists():
                 died.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().read_image(image_id)
+            return super().read_image(item)
 
-    return Deadly(devkit.root)
+    return Deadly(devkit.root, devkit.classes)

@@ -19,7 +19,7 @@ from instseg.data.dataset import PreparedDataset
 from instseg.data.quarantine import read_quarantine
 from instseg.data.synthetic import write_synthetic_devkit
 from instseg.data.voc import open_devkit
-from instseg.jobs import prepare as job
+from instseg.jobs import sources
 from instseg.jobs.prepare import prepare
 from tests.jobs.conftest import deadly
 
@@ -183,7 +183,7 @@ def test_a_killed_worker_is_replaced(
     devkit: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     died = tmp_path / "died"
-    monkeypatch.setattr(job, "open_devkit", lambda place: deadly(open_devkit(place), "scene_00004", died))
+    monkeypatch.setattr(sources, "open_devkit", lambda *args: deadly(open_devkit(*args), "scene_00004", died))
     prepare(_config(devkit, tmp_path / "out"))
     assert died.exists()
     assert _content(tmp_path / "out") == _content(prepared)
@@ -265,7 +265,7 @@ def test_corrupt_items_are_quarantined(
         "missing",
         r"1..5, got 6",
         "x0 < x1",
-        "not in the devkit",
+        "not in the data set",
     )
     for row, reason in zip(rows, reasons, strict=True):
         assert reason in row.reason

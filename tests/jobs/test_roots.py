@@ -64,7 +64,7 @@ def test_paths_of_one_machine_are_for_one_node(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize(
     ("job", "config"),
     [
-        (prepare, PrepareConfig(ABSENT, "train", "detections.json", "out")),
+        (prepare, PrepareConfig("out", devkit=ABSENT, split="train", detections="detections.json")),
         (train, TrainConfig(ABSENT, "out")),
         (crossvalidate, TrainConfig(ABSENT, "out")),
         (evaluate, EvaluateConfig(ABSENT, "out")),
