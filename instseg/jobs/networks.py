@@ -120,6 +120,7 @@ def through_networks(
                 fn_constructor_args=(config, classes, "cuda"),
                 compute=ray.data.ActorPoolStrategy(size=num_gpus),
                 num_gpus=1 / len(networks),
+                num_cpus=0,  # the CPUs are for what comes before and after, even if there is one
             )
         else:
             rows = rows.map(functools.partial(_on_cpu, network, config, classes), num_cpus=1)

@@ -150,9 +150,9 @@ def _finish(plan: ShardPlan, draft: Draft) -> dict[str, Any]:
 
 def _remove_leftovers(plan: ShardPlan, tasks: list[ShardTask]) -> None:
     """Remove shards of a run with other settings that never finished, and what killed workers were writing."""
-    ours = {name for task in tasks for name in (task.file, task.report)}
+    ours = {MANIFEST, QUARANTINE} | {name for task in tasks for name in (task.file, task.report)}
     for name in plan.out.files():
-        if name.startswith("shard-") and name not in ours:
+        if name.startswith(("shard-", MANIFEST, QUARANTINE)) and name not in ours:
             (plan.out / name).delete()
 
 

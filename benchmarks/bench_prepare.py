@@ -1,0 +1,275 @@
+#!/usr/bin/env python
+"""What preparing costs: each stage, one and two CPUs, Ray beside a plain process pool, and 100,000 images.
+
+Stages and scaling take photographs of the devkit that is named (or generated scenes of VOC's size), with the detections
+and logits beside it; the networks have random weights, which cost what trained ones do. The 100,000 images are a few
+small scenes under as many names. `--parts` chooses; results of the others stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import RESULTS, write_result
+from instseg.config import PrepareConfig
+from instseg.data.network_outputs import read_detections
+from instseg.data.shards import ShardPlan, ShardTask
+from instseg.data.stages import foreground, read, write
+from instseg.data.synthetic import write_synthetic_devkit
+from instseg.jobs.networks import Detect, Segment
+from instseg.jobs.prepare import prepare
+from instseg.jobs.sources import list_images
+from instseg.storage import StoragePath
+
+NUM_IMAGES, SHARD_SIZE, ROUNDS = 48, 4, 3
+NETWORKS = {"detect": "fasterrcnn_resnet50_fpn", "segment": "deeplabv3_mobilenet_v3_large"}
+NUM_FOR_NETWORKS = 8
+SCALES = (10_000, 30_000, 100_000)  # images, small ones
+
+
+def main() -> None:
+    """Print what was measured and write results/prepare.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--devkit", help="VOC devkit; beside it networks/detections.json and networks/logits")
+    parser.add_argument("--parts", nargs="+", default=["stages", "scaling", "scale"])
+    options = parser.parse_args()
+    path = RESULTS / "prepare.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        config = _inputs(options.devkit, Path(folder))
+        for part in options.parts:
+            results[part] = {"stages": stages, "scaling": scaling, "scale": scale}[part](config, Path(folder))
+            print(json.dumps({part: results[part]}, indent=1), flush=True)
+    results.pop("provenance", None)
+    print(write_result("prepare", results))
+
+
+def stages(config: PrepareConfig, folder: Path) -> dict[str, Any]:
+    """CPU seconds for 1,000 images of each stage, in one process."""
+    plan, tasks = _plan(config, folder / "stages")
+    seconds: Counter[str] = Counter()
+    num_detections = 0
+    for task in tasks:
+        start = time.process_time()
+        draft = read(plan, task)
+        middle = time.process_time()
+        foreground(plan, draft)
+        late = time.process_time()
+        num_detections += write(plan, draft).num_detections
+        seconds.update({"read": middle - start, "foreground": late - middle, "write": time.process_time() - late})
+    costs = {stage: 1000 * taken / NUM_IMAGES for stage, taken in seconds.items()}
+    for stage, cost in _network_costs(config, plan, tasks).items():
+        costs[stage] = cost
+    return {"cpu_seconds_per_1000_images": costs, "detections_per_image": num_detections / NUM_IMAGES}
+
+
+def _network_costs(config: PrepareConfig, plan: ShardPlan, tasks: list[ShardTask]) -> dict[str, float]:
+    """CPU seconds for 1,000 images, on one thread."""
+    config = replace(config, detections=None, logits=None, detector=NETWORKS["detect"], semantic=NETWORKS["segment"])
+    config = replace(config, detector_weights="none", semantic_weights=None)
+    drafts = [read(replace(plan, out=StoragePath.of("nowhere")), task).encode() for task in tasks]
+    costs = {}
+    for name, stage in (("detect", Detect), ("segment", Segment)):
+        network = stage(config, plan.source.classes, "cpu")
+        network(drafts[0])
+        start = time.process_time()
+        for draft in drafts[: NUM_FOR_NETWORKS // SHARD_SIZE]:
+            network(draft)
+        costs[f"{name}, {NETWORKS[name]}"] = 1000 * (time.process_time() - start) / NUM_FOR_NETWORKS
+    return costs
+
+
+def scaling(config: PrepareConfig, folder: Path) -> dict[str, Any]:
+    """Seconds with 1 and 2 CPUs, of Ray and of a process pool that does the same, in turn, both warm."""
+    import ray
+
+    times: dict[str, list[float]] = {}
+    for number in range(ROUNDS):
+        for num_cpus in (1, 2):
+            with _pool(config, num_cpus) as run:
+                _time(times, f"pool_{num_cpus}", lambda n=num_cpus, k=number: run(config, folder / f"pool_{n}_{k}"))
+            ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
+            try:
+                prepare(replace(config, out=str(folder / f"warm_{num_cpus}_{number}")))
+                out = folder / f"ray_{num_cpus}_{number}"
+                _time(times, f"ray_{num_cpus}", lambda out=out: prepare(replace(config, out=str(out))))
+            finally:
+                ray.shutdown()
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "num_images": NUM_IMAGES,
+        "seconds": {name: [min(v), medians[name], max(v)] for name, v in times.items()},
+        "ray_efficiency_on_2": _paired(times["ray_1"], times["ray_2"], 2),
+        "pool_efficiency_on_2": _paired(times["pool_1"], times["pool_2"], 2),
+        "ray_over_pool_1": _paired(times["ray_1"], times["pool_1"], 1),
+        "ray_over_pool_2": _paired(times["ray_2"], times["pool_2"], 1),
+    }
+
+
+def _paired(first: list[float], second: list[float], divisor: int) -> list[float]:
+    """Least, median and greatest of the rounds' ratios."""
+    ratios = sorted(a / b / divisor for a, b in zip(first, second, strict=True))
+    return [ratios[0], statistics.median(ratios), ratios[-1]]
+
+
+@contextmanager
+def _pool(warm_up: PrepareConfig, num_processes: int) -> Iterator[Callable[[PrepareConfig, Path], None]]:
+    with ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(time.sleep, [0.5] * num_processes))  # all of them start
+
+        def run(config: PrepareConfig, out: Path) -> None:
+            plan, tasks = _plan(config, out)
+            list(pool.map(_make, [plan] * len(tasks), tasks))
+
+        run(replace(warm_up, split="warm"), Path(tempfile.mkdtemp()))
+        yield run
+
+
+def _make(plan: ShardPlan, task: ShardTask) -> str:
+    return write(plan, foreground(plan, read(plan, task))).sha256
+
+
+def scale(config: PrepareConfig, folder: Path) -> dict[str, Any]:
+    """Images a second and peak memory of the driver and of all of Ray, for more and more images."""
+    del config
+    few = folder / "few"
+    write_synthetic_devkit(str(few), num_train=50, num_val=1, seed=0, size=(32, 32))
+    results = {}
+    for num_images in SCALES:
+        many = _many(few, folder / f"many_{num_images}", num_images)
+        inputs = PrepareConfig(
+            out=str(folder / f"data_{num_images}"),
+            devkit=str(many),
+            split="train",
+            classes=str(few / "classes.txt"),
+            shard_size=64,
+        )
+        context = multiprocessing.get_context("spawn")
+        receiver, sender = context.Pipe()
+        process = context.Process(target=_measure_scale, args=(inputs, sender))
+        process.start()
+        results[str(num_images)] = receiver.recv() | {"num_images": num_images}
+        process.join()
+    first, last = results[str(SCALES[0])], results[str(SCALES[-1])]
+    grown = last["driver_peak_mib"] - first["driver_peak_mib"]
+    return results | {"driver_kib_per_image": 1024 * grown / (SCALES[-1] - SCALES[0])}
+
+
+def _many(few: Path, many: Path, num_images: int) -> Path:
+    """As many images, which are links to a few."""
+    for name in ("JPEGImages", "SegmentationClass", "SegmentationObject", "ImageSets/Segmentation"):
+        (many / name).mkdir(parents=True)
+    ids = [f"image_{index:06d}" for index in range(num_images)]
+    (many / "ImageSets/Segmentation/train.txt").write_text("\n".join(ids))
+    for index, image_id in enumerate(ids):
+        for kind, suffix in (("JPEGImages", "jpg"), ("SegmentationClass", "png"), ("SegmentationObject", "png")):
+            os.link(few / kind / f"scene_{index % 50:05d}.{suffix}", many / kind / f"{image_id}.{suffix}")
+    return many
+
+
+def _measure_scale(config: PrepareConfig, sender: Any) -> None:
+    """In a process of its own, so that its peak is of this run alone."""
+    done, peaks = threading.Event(), Counter[str]()
+    watcher = threading.Thread(target=_watch, args=(done, peaks))
+    watcher.start()
+    start = time.perf_counter()
+    dataset = prepare(config)
+    seconds = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    assert len(dataset) == dataset.manifest["num_images"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    sender.send(
+        {
+            "seconds": seconds,
+            "images_per_s": len(dataset) / seconds,
+            "driver_peak_mib": peak,
+            "worker_peak_mib": peaks["worker"] / 2**20,
+            "all_peak_mib": peaks["all"] / 2**20,
+        }
+    )
+
+
+def _watch(done: threading.Event, peaks: Counter[str]) -> None:
+    """The greatest worker, and the proportional memory of this process and all below it."""
+    import ray
+
+    psutil = import_module("psutil", ray.__name__)
+    while not done.wait(1.0):
+        total = 0
+        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+            try:
+                used, title = process.memory_full_info().pss, " ".join(process.cmdline())
+            except psutil.Error:
+                continue
+            total += used
+            if title.startswith("ray::"):
+                peaks["worker"] = max(peaks["worker"], used)
+        peaks["all"] = max(peaks["all"], total)
+
+
+def _time(times: dict[str, list[float]], name: str, run: Callable[[], object]) -> None:
+    start = time.perf_counter()
+    run()
+    times.setdefault(name, []).append(time.perf_counter() - start)
+
+
+def _plan(config: PrepareConfig, out: Path) -> tuple[ShardPlan, list[ShardTask]]:
+    listing = list_images(config)
+    records = {} if config.detections is None else read_detections(config.detections)[0]
+    logits = None if config.logits is None else StoragePath.of(config.logits)
+    plan = ShardPlan(
+        StoragePath.of(out), listing.source, logits, config.min_score, config.grabcut_iterations, digest=str(out)
+    )
+    parts = range(0, len(listing.items), SHARD_SIZE)
+    tasks = [ShardTask.of(k, listing.items[i : i + SHARD_SIZE], records) for k, i in enumerate(parts)]
+    return plan, tasks
+
+
+def _inputs(devkit: str | None, folder: Path) -> PrepareConfig:
+    """The first photographs of a devkit, or generated scenes; the split "warm" has a few others."""
+    if devkit is None:
+        write_synthetic_devkit(str(folder / "devkit"), num_train=NUM_IMAGES, num_val=2, seed=0, size=(376, 496))
+        root, outputs, classes = folder / "devkit", folder / "devkit", str(folder / "devkit/classes.txt")
+        (root / "ImageSets/Segmentation/val.txt").rename(root / "ImageSets/Segmentation/warm.txt")
+    else:
+        found = list_images(PrepareConfig(out="", devkit=devkit, split="train"))
+        root, outputs, classes = folder / "devkit", Path(devkit).parent / "networks", None
+        (root / "ImageSets/Segmentation").mkdir(parents=True)
+        for name in ("JPEGImages", "SegmentationClass", "SegmentationObject"):
+            (root / name).symlink_to(Path(str(getattr(found.source, "root"))) / name)  # noqa: B009
+        ids = [item.image_id for item in found.items]
+        (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(ids[:NUM_IMAGES]))
+        (root / "ImageSets/Segmentation/warm.txt").write_text("\n".join(ids[-2:]))
+    return PrepareConfig(
+        out="",
+        devkit=str(root),
+        split="train",
+        classes=classes,
+        detections=str(outputs / "detections.json"),
+        logits=str(outputs / "logits"),
+        shard_size=SHARD_SIZE,
+    )
+
+
+if __name__ == "__main__":
+    main()
