@@ -6,7 +6,6 @@ import json
 import logging
 import sys
 import time
-from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -132,7 +131,10 @@ def _write_shards(
             results[row["file"]] = json.loads(row["result"])
     _remove_leftovers(plan, tasks)
     ordered = [results[task.file] for task in tasks]
-    seconds = sum((Counter(result["seconds"]) for result in ordered), Counter[str]())
+    seconds: dict[str, float] = {}
+    for result in ordered:
+        for stage, taken in result["seconds"].items():
+            seconds[stage] = seconds.get(stage, 0.0) + taken
     reports = [ShardReport.of_json(result["report"]) for result in ordered]
     return reports, seconds, [result["kept"] for result in ordered]
 
