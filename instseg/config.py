@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from instseg.checks import fields_as_declared, non_negative, positive, require, unit_interval
+from instseg.checks import choice, fields_as_declared, non_negative, positive, require, unit_interval
 
 Accuracy = Literal["fast", "ring", "exact"]
 Normalization = Literal["after", "symmetric", "none"]
@@ -17,6 +17,7 @@ Score = Literal["validity", "mask"]
 InstanceLoss = Literal["iou", "log"]
 MatchingRule = Literal["sds", "authors", "voc07"]
 Device = Literal["auto", "cpu", "gpu"]
+DataSetName = Literal["voc", "sbd", "coco-train2014", "coco-val2014", "coco-train2017", "coco-val2017"]
 
 
 class _Checked:
@@ -110,6 +111,30 @@ class Ablation(_Checked):
 
 
 FULL = Ablation()
+
+
+@dataclass(frozen=True)
+class FetchConfig(_Checked):
+    """workflows/fetch.py: published data sets become folders of photographs and ground truth."""
+
+    out: str  # a folder of this machine, which gets VOCdevkit/VOC2012/ sbd/ coco/
+    # Downloads of 2.0 GB (VOC 2012), 1.4 (SBD), 13.5 and 6.6 (COCO 2014: train, val), 19.3 and 0.8 (COCO 2017), 0.25
+    # for the annotations of each year of COCO.
+    datasets: tuple[DataSetName, ...] = ("voc", "sbd")
+    # Folders, as http://, https:// or file://, that have the files under their own names; tried in turn, before the
+    # official places.
+    mirrors: tuple[str, ...] = ()
+    archives: str | None = None  # a folder of such files, used where they are; what is there is not downloaded
+    keep_archives: bool = False  # in OUT/archives, what was downloaded, after it was unpacked
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(len(self.datasets) > 0, "datasets", "at least one", "none")
+        for name in self.datasets:
+            choice("datasets", name, DataSetName)
+        for mirror in self.mirrors:
+            known = mirror.startswith(("http://", "https://", "file://"))
+            require(known, "mirrors", "URLs that begin with http://, https:// or file://", mirror)
 
 
 @dataclass(frozen=True)

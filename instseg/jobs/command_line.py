@@ -19,12 +19,25 @@ except ModuleNotFoundError:
     print("error: this command needs instseg[jobs]: pip install 'instseg[jobs]'", file=sys.stderr)
     sys.exit(2)
 
-from instseg.config import AblateConfig, DemoConfig, EvaluateConfig, ModelConfig, PrepareConfig, TrainConfig
+from instseg.config import (
+    AblateConfig,
+    DemoConfig,
+    EvaluateConfig,
+    FetchConfig,
+    ModelConfig,
+    PrepareConfig,
+    TrainConfig,
+)
 from instseg.jobs.cluster import JobError
 from instseg.recipes import RECIPES, find_recipe
 
 MISTAKE, INTERRUPTED = 2, 130  # exit statuses
 Config = TypeVar("Config", bound=AblateConfig)
+
+
+def fetch() -> None:
+    """Download PASCAL VOC, SBD and COCO: resumed, checked, safely unpacked into the folders that prepare reads."""
+    _run("fetch", lambda: tyro.cli(FetchConfig, description=fetch.__doc__))
 
 
 def prepare() -> None:

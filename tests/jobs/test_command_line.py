@@ -153,7 +153,7 @@ def test_help_needs_no_heavy_imports(tmp_path: Path) -> None:
         "        command()\n"
         "    except SystemExit:\n"
         "        pass\n"
-        "for name in ('prepare', 'train', 'evaluate', 'ablate', 'crossvalidate', 'demo'):\n"
+        "for name in ('fetch', 'prepare', 'train', 'evaluate', 'ablate', 'crossvalidate', 'demo'):\n"
         "    leave(getattr(command_line, name), '--help')\n"
         "leave(command_line.evaluate, '--dota', 'd')\n"
         "print('imported', *{'torch', 'ray', 'mlflow'} & sys.modules.keys())\n"
