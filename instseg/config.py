@@ -83,7 +83,8 @@ class ModelConfig(_Checked):
     """The network of Figure 2."""
 
     semantic: str = "logits"  # "logits" (precomputed), "fcn8s", or a torchvision segmentation model by name
-    semantic_weights: str | None = None  # "fcn8s": safetensors of VGG-16; torchvision: "default"; unset: random
+    # A state dict, .safetensors or .pth; for "fcn8s" of VGG-16. torchvision: "default" is its own. Unset: random.
+    semantic_weights: str | None = None
     # Learn F_d and the prior of Y_d from each detection's crop, and let F_d stand for B_d in Eq. 4. Else F_d is that of
     # the data, the prior is the detector's score, and Eq. 4 is the paper's.
     detection_head: bool = False

@@ -19,7 +19,7 @@ from instseg.jobs.train_checks import check_data, check_model, check_same_run
 from instseg.jobs.train_fit import fit, log_epoch
 from instseg.jobs.train_loop import training_settings
 from instseg.models.checkpoint import CONFIG, FOLDER, MODEL, Checkpoint, find_checkpoint, latest_checkpoint
-from instseg.models.semantic import FCN8S
+from instseg.models.semantic import weights_file
 from instseg.storage import StoragePath
 
 
@@ -72,15 +72,9 @@ def train(config: TrainConfig, parent: Tracker | None = None) -> StoragePath:
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Ray's workers have another current directory."""
-    if (weights := _weights(config)) is not None:
+    if (weights := weights_file(config.model.semantic, config.model.semantic_weights)) is not None:
         config = replace(config, model=replace(config.model, semantic_weights=str(weights)))
     return replace(config, data=str(StoragePath.of(config.data)), out=str(StoragePath.of(config.out)))
-
-
-def _weights(config: TrainConfig) -> StoragePath | None:
-    """The file of initial weights, where there is one; torchvision's are a word."""
-    weights = config.model.semantic_weights
-    return StoragePath.of(weights) if weights is not None and config.model.semantic == FCN8S else None
 
 
 def _continue(
@@ -88,7 +82,8 @@ def _continue(
 ) -> None:
     with cluster():
         places = {"data": StoragePath.of(config.data), "out": StoragePath.of(config.out)}
-        check_nodes(**places, model_semantic_weights=_weights(config))
+        weights = weights_file(config.model.semantic, config.model.semantic_weights)
+        check_nodes(**places, model_semantic_weights=weights)
         config = _with_device(config)
         epoch = checkpoint.state["epoch"] if checkpoint else 0
         print(

@@ -12,7 +12,7 @@ from instseg.config import ModelConfig, TrainConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.models.checkpoint import Checkpoint, check_classes
 from instseg.models.network import InstanceNetwork
-from instseg.models.semantic import FCN8S, LOGITS
+from instseg.models.semantic import LOGITS, weights_file
 from instseg.storage import StoragePath
 
 # What may differ between a run and its continuation: where things are, and how long and how safely to go on.
@@ -49,8 +49,8 @@ def check_model(config: ModelConfig, num_labels: int) -> None:
     """Raise if there is no such network (ValueError) or no file of initial weights (FileNotFoundError)."""
     with torch.device("meta"):  # takes no time and no memory
         InstanceNetwork(replace(config, semantic_weights=None), num_labels)
-    weights = config.semantic_weights
-    if config.semantic == FCN8S and weights is not None and StoragePath.of(weights).size() is None:
+    weights = weights_file(config.semantic, config.semantic_weights)
+    if weights is not None and weights.size() is None:
         raise FileNotFoundError(f"model.semantic_weights: no file {weights}")
 
 

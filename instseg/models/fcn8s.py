@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from instseg.models.weights import read_weights
 from instseg.shapes import Float
-from instseg.storage import Place, StoragePath
+from instseg.storage import Place
 
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 _POOL3, _POOL4 = 17, 24  # number of layers of `features` up to and including those pools
@@ -61,14 +60,14 @@ class FCN8s(nn.Module):
         """Start from VGG-16 trained on ImageNet.
 
         Args:
-            path: safetensors file with torchvision's keys: `features.N.weight/bias` and, where it has them,
+            path: A file as of `read_weights` with torchvision's keys: `features.N.weight/bias` and, where it has them,
                 `classifier.0` and `classifier.3`, which become fc6 and fc7. Any float dtype.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file is no safetensors file, or lacks a tensor, or one has another shape.
+            ValueError: If the file is no state dict, or lacks a tensor, or one has another shape.
         """
-        tensors = _read(path)
+        tensors = read_weights(path)
         wanted = {f"features.{name}": target for name, target in self.features.named_parameters()}
         for source, target in _FULLY_CONNECTED.items():
             if f"{source}.weight" in tensors:
@@ -123,16 +122,6 @@ def _upsample(scores: Float[Tensor, "B L h w"], factor: int) -> Float[Tensor, "B
 
 def _crop(tensor: Tensor, offset: int, size: torch.Size) -> Tensor:
     return tensor[..., offset : offset + size[0], offset : offset + size[1]]
-
-
-def _read(path: Place) -> dict[str, Tensor]:
-    if StoragePath.of(path).size() is None:
-        raise FileNotFoundError(f"semantic_weights: no file {path}; expected VGG-16 as safetensors, or unset")
-    try:
-        with StoragePath.of(path).on_disk() as file:
-            return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"semantic_weights: {path} is no safetensors file ({error})") from error
 
 
 def _copy(tensors: dict[str, Tensor], name: str, target: nn.Parameter, path: Place) -> None:

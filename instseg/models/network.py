@@ -19,6 +19,7 @@ from instseg.crf.pairwise import Kernels, build_kernels
 from instseg.models.checkpoint import Checkpoint, find_checkpoint, from_json
 from instseg.models.detection_head import DetectionHead, DetectionTensors, SeenDetections
 from instseg.models.semantic import build_semantic
+from instseg.models.weights import load_weights
 from instseg.shapes import Float
 from instseg.storage import Place
 from instseg.structures import InstanceMap, Sample
@@ -97,17 +98,7 @@ class InstanceNetwork(nn.Module):
         Raises:
             ValueError: If the checkpoint is of another architecture, naming the tensors that differ.
         """
-        stored, wanted = checkpoint.model(), self.state_dict()
-        problems = [f"{name} is missing" for name in wanted.keys() - stored.keys()]
-        problems += [f"{name} is not part of the network" for name in stored.keys() - wanted.keys()]
-        for name in wanted.keys() & stored.keys():
-            expected, got = tuple(wanted[name].shape), tuple(stored[name].shape)
-            if got != expected:
-                problems.append(f"{name} has shape {got}, expected {expected}")
-        if problems:
-            shown = "; ".join(sorted(problems)[:3])
-            raise ValueError(f"checkpoint {checkpoint.folder}: is of another architecture: {shown}")
-        self.load_state_dict(stored)
+        load_weights(self, checkpoint.model(), f"checkpoint {checkpoint.folder}: is of another architecture")
 
     def crf_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of both CRFs."""

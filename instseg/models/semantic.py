@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
+from instseg.models.weights import DEFAULT
 from instseg.shapes import Float, Num
+from instseg.storage import StoragePath
 
 LOGITS = "logits"  # the semantic source that is no network: logits that another system wrote
 FCN8S = "fcn8s"
+_STRIDE = 8  # of coarse logits
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 
@@ -17,7 +21,8 @@ class SemanticNetwork(nn.Module):
     """A fully convolutional network on one image, with ImageNet's normalisation before it.
 
     Args:
-        body: Maps a normalised batch (B, 3, H, W) float32 to logits (B, L, H, W).
+        body: Maps a normalised batch (B, 3, H, W) float32 to logits (B, L, H, W). One that upsamples coarse logits
+            bilinearly has a method `coarse` that returns them.
     """
 
     def __init__(self, body: nn.Module) -> None:
@@ -34,6 +39,21 @@ class SemanticNetwork(nn.Module):
             (L, H, W) float32 logits.
         """
         return self.body(normalize(image)[None])[0]
+
+    @torch.no_grad()
+    def coarse_logits(self, image: Float[Tensor, "3 H W"]) -> Float[Tensor, "L h w"]:
+        """Class logits to store: upsampled bilinearly, align_corners=False, they are those of `forward`, or near them.
+
+        Args:
+            image: (3, H, W) float32 RGB in 0..255.
+
+        Returns:
+            (L, h, w) float32, the body's own before it upsamples them; else an eighth of the image's size, rounded up.
+        """
+        if hasattr(self.body, "coarse"):
+            return self.body.coarse(normalize(image)[None])[0]  # pyright: ignore[reportCallIssue]
+        size = [-(-side // _STRIDE) for side in image.shape[1:]]
+        return interpolate(self(image)[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
 
     def train(self, mode: bool = True) -> SemanticNetwork:
         """As `nn.Module.train`, but batch normalisation keeps its statistics: one image is no batch."""
@@ -64,8 +84,8 @@ def build_semantic(name: str, num_labels: int, weights: str | None = None) -> Se
     Args:
         name: "logits" (no network), "fcn8s", or a torchvision segmentation model, e.g. "fcn_resnet50".
         num_labels: L, background included.
-        weights: None initialises at random. "fcn8s" takes a safetensors file of VGG-16 weights; torchvision's
-            models take "default", their COCO weights with VOC classes.
+        weights: None initialises at random; else a file as of `read_weights`, for "fcn8s" of VGG-16. torchvision's
+            models also take "default", their COCO weights with VOC classes.
 
     Returns:
         The network, or None for "logits".
@@ -88,3 +108,10 @@ def build_semantic(name: str, num_labels: int, weights: str | None = None) -> Se
     from instseg.models.torchvision import TorchvisionSegmentation
 
     return SemanticNetwork(TorchvisionSegmentation(name, num_labels, weights))
+
+
+def weights_file(name: str, weights: str | None) -> StoragePath | None:
+    """The file that `build_semantic` reads its weights from, None where it reads none."""
+    if weights is None or (weights == DEFAULT and name != FCN8S):
+        return None
+    return StoragePath.of(weights)
