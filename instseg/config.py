@@ -195,6 +195,20 @@ class PrepareConfig(_Checked):
 
 
 @dataclass(frozen=True)
+class InspectConfig(_Checked):
+    """workflows/inspect.py: the contact sheet and the counts of a prepared data directory."""
+
+    data: str  # directory that prepare.py wrote
+    out: str  # folder for contact_sheet.png and contact_sheet.html
+    num_samples: int = 24  # images of the contact sheet, chosen at random, at most 200
+    seed: int = 0  # of that choice
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(1 <= self.num_samples <= 200, "num_samples", "1 to 200 images, as one picture holds", self.num_samples)
+
+
+@dataclass(frozen=True)
 class TrackingConfig(_Checked):
     """Where MLflow records runs."""
 

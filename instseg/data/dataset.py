@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -75,12 +76,8 @@ class PreparedDataset:
         file, row = self._rows[index]
         if self.root.local is not None:
             self._verify(file)
-        try:
+        with self.reading(file, f"row {row}"):
             sample = decode_row(self._read(file, row))
-        except StorageError:
-            raise
-        except Exception as error:  # a damaged page can make pyarrow raise nearly anything
-            raise self._damaged(file, f"row {row} cannot be read: {' '.join(str(error).split())}") from error
         if sample.image_id != self.image_ids[index]:
             raise self._damaged(file, f"expected image {self.image_ids[index]} in row {row}, got {sample.image_id}")
         return sample
@@ -95,6 +92,25 @@ class PreparedDataset:
         part.image_ids = tuple(self.image_ids[index] for index in indices)
         return part
 
+    def foreground_sources(self, index: int) -> list[str]:
+        """What made the foreground of each of a sample's detections, such as "grabcut". Raises as `[index]`."""
+        (file, row), column = self._rows[index], "detections.list.element.foreground_source"
+        with self.reading(file, f"row {row}"):
+            return [entry["foreground_source"] for entry in self._read(file, row, [column])["detections"]]
+
+    @contextmanager
+    def reading(self, file: str, part: str) -> Iterator[None]:
+        """Turn whatever is raised inside into a ValueError that says which part of which shard is damaged.
+
+        A damaged page can make pyarrow raise nearly anything. What tells of the store, or of no shard, passes.
+        """
+        try:
+            yield
+        except (StorageError, FileNotFoundError):
+            raise
+        except Exception as error:
+            raise self._damaged(file, f"{part} cannot be read: {' '.join(str(error).split())}") from error
+
     def verify(self) -> None:
         """Compare the hash of every shard with the manifest's.
 
@@ -105,7 +121,7 @@ class PreparedDataset:
         for file in self._shards:
             self._verify(file)
 
-    def _read(self, file: str, row: int) -> dict[str, Any]:
+    def _read(self, file: str, row: int, columns: Sequence[str] | None = None) -> dict[str, Any]:
         """In a store one request for the row, after two for the footer of a shard that is new to this process."""
         with (
             (self.root / file).open() as source,
@@ -114,7 +130,7 @@ class PreparedDataset:
             ) as shard,
         ):
             self._footers[file] = shard.metadata
-            return shard.read_row_group(row).to_pylist()[0]
+            return shard.read_row_group(row, columns).to_pylist()[0]
 
     def _verify(self, file: str) -> None:
         if file in self._verified:

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 
 from instseg.storage import Place, StorageError, StoragePath
 
-NUM_NAMED = 5  # items that a message names; quarantine.parquet has all of them
+QUARANTINE = "quarantine.parquet"
+NUM_NAMED = 5  # items that a message names; that file has all of them
 _MAX_REASON = 300  # characters: a reason quotes what it got, which may be a number of thousands of digits
 
 SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("image_id", "file", "reason")])

@@ -24,6 +24,7 @@ from instseg.config import (
     DemoConfig,
     EvaluateConfig,
     FetchConfig,
+    InspectConfig,
     ModelConfig,
     PrepareConfig,
     TrainConfig,
@@ -43,6 +44,11 @@ def fetch() -> None:
 def prepare() -> None:
     """Prepare a data directory: images, ground truth, logits and detections with foregrounds, as Parquet shards."""
     _run("prepare", lambda: tyro.cli(PrepareConfig, description=prepare.__doc__))
+
+
+def inspect() -> None:
+    """Look at a prepared data directory: what is in it, and a contact sheet of random images."""
+    _run("inspect", lambda: tyro.cli(InspectConfig, description=inspect.__doc__))
 
 
 def train() -> None:

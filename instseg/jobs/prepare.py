@@ -14,7 +14,7 @@ from instseg.data.dataset import MANIFEST, PreparedDataset
 from instseg.data.files import digest
 from instseg.data.manifest import collect_settings, collect_versions, has_manifest, write_manifest
 from instseg.data.network_outputs import DetectionRecord, read_detections
-from instseg.data.quarantine import QuarantineRow, check_share, read_quarantine, write_quarantine
+from instseg.data.quarantine import QUARANTINE, QuarantineRow, check_share, read_quarantine, write_quarantine
 from instseg.data.shards import ShardPlan, ShardReport, ShardTask
 from instseg.data.stages import Draft, foreground, read, write
 from instseg.jobs.cluster import cluster
@@ -25,7 +25,6 @@ from instseg.jobs.sources import list_images
 from instseg.report.preparation import stage_table
 from instseg.storage import StoragePath
 
-QUARANTINE = "quarantine.parquet"
 _ROOTS = ("devkit", "sbd", "coco", "images")  # options that name photographs
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -28,6 +29,7 @@ OPACITY = 0.62
 TOUCHING_PIXELS = 4  # instances this close must differ in colour
 MIN_SHOWN_SCORE = 0.3  # of a detection that became no instance
 COLUMN_INCHES = 3.0
+PLAIN: dict[str, Any] = {"in_layout": False, "parse_math": False}  # a dollar in a class's name is a dollar
 
 
 def save_panel(
@@ -72,8 +74,7 @@ def save_overlay(place: Place, image: np.ndarray, instance_map: InstanceMap, cla
     figure = Figure(figsize=(width / 100, height / 100), dpi=100)
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     colours = PALETTE[choose_colours(instance_map.instances, len(instance_map))]
-    covered = (instance_map.instances > 0)[..., None]
-    _show(axes, np.where(covered, blend(image, instance_map.instances, colours), image / 255))
+    show(axes, overlay(image, instance_map.instances, colours))
     _name_instances(axes, instance_map, classes)
     save_figure(figure, place)
 
@@ -95,6 +96,11 @@ def blend(image: np.ndarray, ids: np.ndarray, colours: np.ndarray) -> np.ndarray
     picture = np.where(region, (1 - OPACITY) * (0.25 + 0.75 * grey) + OPACITY * tint, 0.45 + 0.5 * grey)
     picture = np.where(void, PALE, picture)
     return np.where(_outline(ids)[..., None], 0.55 * tint, picture)
+
+
+def overlay(image: np.ndarray, ids: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """As `blend`, but what is in no region stays as it is."""
+    return np.where((ids > 0)[..., None], blend(image, ids, colours), image / 255)
 
 
 def choose_colours(instances: np.ndarray, num: int, wanted: np.ndarray | None = None) -> np.ndarray:
@@ -122,24 +128,24 @@ def _draw_row(row: Sequence[Axes], sample: Sample, predicted: InstanceMap, class
     wanted = None
     if truth is not None:
         colours_of_truth = choose_colours(truth, len(sample.instance_labels))
-        wanted = _like_truth(predicted, truth, colours_of_truth)
-        _show(row[3], blend(sample.image, truth, PALETTE[colours_of_truth]))
+        wanted = like_truth(predicted, truth, colours_of_truth)
+        show(row[3], blend(sample.image, truth, PALETTE[colours_of_truth]))
     colours = PALETTE[choose_colours(predicted.instances, len(predicted), wanted)]
-    _show(row[0], sample.image / 255)
-    _draw_boxes(row[0], sample, predicted, colours, classes)
+    show(row[0], sample.image / 255)
+    draw_boxes(row[0], sample, predicted, colours, classes)
     if semantic is not None:
         class_colours = PALETTE[np.arange(-1, len(classes) - 1) % len(PALETTE)]
-        _show(row[1], blend(sample.image, semantic.astype(np.int64), class_colours))
+        show(row[1], blend(sample.image, semantic.astype(np.int64), class_colours))
         for label in map(int, np.unique(semantic[semantic > 0])):
-            _write(row[1], semantic == label, classes[label])
-    _show(row[2], blend(sample.image, predicted.instances, colours))
+            write(row[1], semantic == label, classes[label])
+    show(row[2], blend(sample.image, predicted.instances, colours))
     _name_instances(row[2], predicted, classes)
     for axes in row:
         axes.set_axis_off()
 
 
-def _like_truth(predicted: InstanceMap, truth: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """(K+1,) colour of the true instance, for the prediction that covers most of it; -1 for the others."""
+def like_truth(predicted: InstanceMap, truth: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """(K+1,) index into PALETTE of the true instance's colour, for the prediction that covers most of it; -1 for the others."""
     shape = (len(predicted) + 1, len(colours))
     covered = np.bincount(
         np.ravel_multi_index((predicted.instances, truth.clip(min=0)), shape).ravel(),
@@ -153,9 +159,10 @@ def _like_truth(predicted: InstanceMap, truth: np.ndarray, colours: np.ndarray) 
     return wanted
 
 
-def _draw_boxes(
+def draw_boxes(
     axes: Axes, sample: Sample, predicted: InstanceMap, colours: np.ndarray, classes: Sequence[str]
 ) -> None:
+    """Draw each box with class and score, the best on top, in the colour of its instance: those of (K+1, 3) `colours`."""
     detections = sample.detections
     instance_of = {int(d): k for k, d in enumerate(predicted.detection_indices, 1)}
     for index in map(int, np.argsort(detections.scores)):
@@ -168,24 +175,24 @@ def _draw_boxes(
         axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, lw=1.4, ls=line))
         text = f"{classes[detections.labels[index]]} {score:.2f}"
         box = {"facecolor": colour if instance else "0.35", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
-        axes.text(x0 + 3, y0 + 3, text, size=5.5, color="white", va="top", bbox=box, clip_on=True, in_layout=False)
+        axes.text(x0 + 3, y0 + 3, text, size=5.5, color="white", va="top", bbox=box, clip_on=True, **PLAIN)
 
 
 def _name_instances(axes: Axes, predicted: InstanceMap, classes: Sequence[str]) -> None:
     for instance in range(1, len(predicted) + 1):
         label, score = predicted.labels[instance - 1], predicted.scores[instance - 1]
-        _write(axes, predicted.instances == instance, f"{classes[label]}\n{score:.2f}")
+        write(axes, predicted.instances == instance, f"{classes[label]}\n{score:.2f}")
 
 
-def _write(axes: Axes, mask: np.ndarray, text: str) -> None:
+def write(axes: Axes, mask: np.ndarray, text: str) -> None:
     """Put text where the region is widest; regions too small for it stay without."""
     depth = np.asarray(ndimage.distance_transform_edt(np.pad(mask, 1)))[1:-1, 1:-1]
     if depth.max() < 0.03 * max(mask.shape):
         return
     y, x = divmod(int(depth.argmax()), mask.shape[1])
     side = "left" if x < 0.1 * mask.shape[1] else "right" if x > 0.9 * mask.shape[1] else "center"
-    shown = axes.text(x, y, text, size=6.5, color="white", ha=side, va="center", linespacing=0.9)
-    shown.set(path_effects=[withStroke(linewidth=1.6, foreground="0.15")], in_layout=False)
+    shown = axes.text(x, y, text, size=6.5, color="white", ha=side, va="center", linespacing=0.9, **PLAIN)
+    shown.set(path_effects=[withStroke(linewidth=1.6, foreground="0.15")])
 
 
 def _outline(ids: np.ndarray) -> np.ndarray:
@@ -198,7 +205,8 @@ def _outline(ids: np.ndarray) -> np.ndarray:
     return border & (ids > 0)
 
 
-def _show(axes: Axes, picture: np.ndarray) -> None:
+def show(axes: Axes, picture: np.ndarray) -> None:
+    """Fill the axes with an (H, W, 3) picture."""
     axes.imshow(picture, interpolation="antialiased")
     axes.set_axis_off()
 

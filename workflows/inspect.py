@@ -1,0 +1,13 @@
+#!/usr/bin/env python
+"""Look at a prepared data directory: what is in it, and a contact sheet of random images."""
+
+import sys
+from pathlib import Path
+
+# Runs without installing the package, and without this folder, whose inspect.py would hide the standard library's.
+sys.path[:1] = [str(Path(__file__).resolve().parents[1])]
+
+from instseg.jobs.command_line import inspect
+
+if __name__ == "__main__":
+    inspect()
