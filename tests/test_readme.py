@@ -59,6 +59,7 @@ def test_the_four_commands(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(workplace)
     for path, *arguments in commands:
         monkeypatch.setattr("sys.argv", [path, *arguments, *FEWER.get(Path(path).stem, [])])
+        monkeypatch.syspath_prepend(workplace / "workflows")  # as Python does, where the script takes it away
         runpy.run_path(path, run_name="__main__")
     assert "full" in (workplace / "runs/voc/ablation/ablation.md").read_text()
     assert (workplace / "runs/voc/evaluation/panel.png").is_file()

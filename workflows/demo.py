@@ -4,8 +4,8 @@
 import sys
 from pathlib import Path
 
-# Runs without installing the package, and without this folder, whose inspect.py would hide the standard library's.
-sys.path[:1] = [str(Path(__file__).resolve().parents[1])]
+sys.path.pop(0)  # this folder, whose inspect.py would hide the standard library's
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installing the package
 
 from instseg.jobs.command_line import demo
 

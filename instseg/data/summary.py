@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from instseg.data.dataset import PreparedDataset
-from instseg.data.quarantine import QUARANTINE, read_quarantine
+from instseg.data.quarantine import QUARANTINE, count_by_kind, read_quarantine
 from instseg.structures import BACKGROUND
 
 _COLUMNS = [
@@ -45,6 +44,7 @@ class DataSummary:
         sources: Images by the data set that they come from.
         num_with_instances: Images with a true instance.
         num_with_logits: Images with the logits of a semantic network.
+        notes: Images by what was done to them, such as turned upright.
         instances: True instances by class; every foreground class is there.
         detections: Detections by class; every foreground class is there.
         foregrounds: Detections by what made their foreground.
@@ -61,6 +61,7 @@ class DataSummary:
     sources: dict[str, int]
     num_with_instances: int
     num_with_logits: int
+    notes: dict[str, int]
     instances: dict[str, int]
     detections: dict[str, int]
     foregrounds: dict[str, int]
@@ -98,6 +99,7 @@ class DataSummary:
             sources=_sorted(tally.sources),
             num_with_instances=tally.num_with_instances,
             num_with_logits=tally.num_with_logits,
+            notes=dataset.manifest.get("notes", {}),
             instances={name: tally.instances[label] for label, name in enumerate(classes) if label != BACKGROUND},
             detections={name: tally.detections[label] for label, name in enumerate(classes) if label != BACKGROUND},
             foregrounds=_sorted(tally.foregrounds),
@@ -114,20 +116,17 @@ class DataSummary:
     def tables(self) -> list[list[list[str]]]:
         """The numbers as tables of cells, of which each first row is a head; the most frequent classes first."""
         by_class = sorted(self.instances, key=lambda name: (-self.instances[name], -self.detections[name]))
-        spreads = {
-            "width [px]": self.width,
-            "height [px]": self.height,
-            "detections an image": self.detections_per_image,
-        }
+        spreads = {"width [px]": self.width, "height [px]": self.height, "detections": self.detections_per_image}
         return [
             [
                 ["images", str(self.num_images)],
                 *_rows_of({f"from {source}": number for source, number in self.sources.items()}),
                 ["with true instances", str(self.num_with_instances)],
                 ["with logits", str(self.num_with_logits)],
+                *_rows_of(self.notes),
             ],
             [
-                ["in the images", "least", "median", "most"],
+                ["of an image", "least", "median", "most"],
                 *([name, *(f"{number:g}" for number in spread)] for name, spread in spreads.items()),
             ],
             [
@@ -188,13 +187,7 @@ def _rows(dataset: PreparedDataset) -> Iterator[dict[str, Any]]:
 def _quarantined(dataset: PreparedDataset) -> dict[str, int]:
     if not dataset.manifest.get("num_quarantined"):
         return {}
-    return _sorted(Counter(kind_of(row.reason) for row in read_quarantine(dataset.root / QUARANTINE)))
-
-
-def kind_of(reason: str) -> str:
-    """What reasons of one kind have in common: all before the first colon or number, as in "boxes[3]: expected …"."""
-    kind = re.split(r"[:\d]", reason, maxsplit=1)[0].rstrip(" ([{<'\"=-+")
-    return kind or reason
+    return count_by_kind(read_quarantine(dataset.root / QUARANTINE))
 
 
 def _sorted(counts: Mapping[str, int]) -> dict[str, int]:

@@ -10,8 +10,9 @@ from instseg.data.dataset import PreparedDataset
 from instseg.data.files import digest
 from instseg.data.summary import DataSummary
 from instseg.jobs.roots import check_inputs, check_out
+from instseg.report.cells import Cell
 from instseg.report.contact_page import save_contact_page
-from instseg.report.contact_sheet import Cell, save_contact_sheet
+from instseg.report.contact_sheet import save_contact_sheet
 from instseg.report.tables import align
 
 

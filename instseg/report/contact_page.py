@@ -10,7 +10,8 @@ from html import escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from instseg.report.contact_sheet import Cell, draw_detections, draw_truth
+from instseg.report.cells import Cell
+from instseg.report.contact_sheet import draw_detections, draw_truth
 from instseg.storage import Place, StoragePath
 
 _INCHES, _DPI, _QUALITY = 3.0, 200, 85  # width of a picture; JPEG
@@ -93,9 +94,7 @@ def _table(rows: Sequence[Sequence[str]], caption: str = "", colours: Sequence[s
     return "\n".join([*filter(None, lines), "</table>"])
 
 
-def _figure(
-    cell: Cell, classes: Sequence[str], draw: Callable[[Axes, Cell, Sequence[str]], None], caption: str
-) -> str:
+def _figure(cell: Cell, classes: Sequence[str], draw: Callable[[Axes, Cell, Sequence[str]], None], caption: str) -> str:
     figure, buffer = Figure(figsize=(_INCHES, _INCHES * cell.ratio), dpi=_DPI), io.BytesIO()
     draw(figure.add_axes((0.0, 0.0, 1.0, 1.0)), cell, classes)
     figure.savefig(buffer, format="jpg", pil_kwargs={"quality": _QUALITY})

@@ -8,25 +8,18 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from scipy import ndimage
 
+from instseg.report.colours import PALETTE, choose_colours, like_truth
 from instseg.storage import Place, StoragePath
 from instseg.structures import InstanceMap, Sample
 
 COLUMNS = ("Input and detections", "Semantic segmentation", "Instance segmentation", "Ground truth")
-# Far apart in hue and lightness, and readable under white text with a dark edge.
-_CODES = (
-    *("#e6194b", "#2f7fe0", "#3cb44b", "#f5a300", "#9b4de0", "#12b5b5", "#f0642a", "#e83fc4", "#8fc31f", "#4a55c8"),
-    *("#00897b", "#b3672b", "#ff7f9f", "#6fa8ff", "#b59f00", "#a3134a", "#5fd38d", "#c99bff", "#2b6a8f", "#ff9a76"),
-)
-PALETTE = np.array([to_rgb(code) for code in _CODES])
 PALE = 0.92  # void
 OPACITY = 0.62
-TOUCHING_PIXELS = 4  # instances this close must differ in colour
 MIN_SHOWN_SCORE = 0.3  # of a detection that became no instance
 COLUMN_INCHES = 3.0
 PLAIN: dict[str, Any] = {"in_layout": False, "parse_math": False}  # a dollar in a class's name is a dollar
@@ -103,26 +96,6 @@ def overlay(image: np.ndarray, ids: np.ndarray, colours: np.ndarray) -> np.ndarr
     return np.where((ids > 0)[..., None], blend(image, ids, colours), image / 255)
 
 
-def choose_colours(instances: np.ndarray, num: int, wanted: np.ndarray | None = None) -> np.ndarray:
-    """Choose a colour for each instance; touching instances differ, and all do while the palette lasts.
-
-    Args:
-        instances: (H, W) integers, 0 nothing, 1..num instances.
-        num: K.
-        wanted: (K+1,) int64 index into PALETTE that an instance gets in any case, -1 for none.
-
-    Returns:
-        (K+1,) int64 index into PALETTE; row 0 has no meaning.
-    """
-    chosen = np.full(num + 1, -1) if wanted is None else wanted.copy()
-    for instance in np.flatnonzero(np.append(0, chosen[1:]) < 0).tolist():
-        grown = ndimage.binary_dilation(instances == instance, iterations=TOUCHING_PIXELS)
-        touching = chosen[np.maximum(instances[np.asarray(grown, np.bool_)], 0)]
-        uses = np.bincount(chosen[chosen >= 0], minlength=len(PALETTE))
-        chosen[instance] = (uses + num * np.isin(np.arange(len(PALETTE)), touching)).argmin()
-    return chosen
-
-
 def _draw_row(row: Sequence[Axes], sample: Sample, predicted: InstanceMap, classes: Sequence[str]) -> None:
     semantic, truth = predicted.semantic, sample.known_instances
     wanted = None
@@ -144,25 +117,18 @@ def _draw_row(row: Sequence[Axes], sample: Sample, predicted: InstanceMap, class
         axes.set_axis_off()
 
 
-def like_truth(predicted: InstanceMap, truth: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """(K+1,) index into PALETTE of the true instance's colour, for the prediction that covers most of it; -1 for the others."""
-    shape = (len(predicted) + 1, len(colours))
-    covered = np.bincount(
-        np.ravel_multi_index((predicted.instances, truth.clip(min=0)), shape).ravel(),
-        minlength=shape[0] * shape[1],
-    ).reshape(shape)
-    wanted = np.full(shape[0], -1)
-    for instance in range(1, shape[0]):
-        best = covered[instance, 1:].argmax() + 1 if shape[1] > 1 else 0
-        if best and covered[instance, best] and covered[1:, best].argmax() + 1 == instance:
-            wanted[instance] = colours[best]
-    return wanted
+def draw_boxes(axes: Axes, sample: Sample, predicted: InstanceMap, colours: np.ndarray, classes: Sequence[str]) -> None:
+    """Draw each box with class and score, the best on top, in the colour of its instance.
 
+    One of no instance is white and dotted, and left out below `MIN_SHOWN_SCORE`.
 
-def draw_boxes(
-    axes: Axes, sample: Sample, predicted: InstanceMap, colours: np.ndarray, classes: Sequence[str]
-) -> None:
-    """Draw each box with class and score, the best on top, in the colour of its instance: those of (K+1, 3) `colours`."""
+    Args:
+        axes: They show the image.
+        sample: Its detections.
+        predicted: K instances.
+        colours: (K+1, 3) float in 0..1.
+        classes: Class names, [0] is "background".
+    """
     detections = sample.detections
     instance_of = {int(d): k for k, d in enumerate(predicted.detection_indices, 1)}
     for index in map(int, np.argsort(detections.scores)):
@@ -185,7 +151,7 @@ def _name_instances(axes: Axes, predicted: InstanceMap, classes: Sequence[str]) 
 
 
 def write(axes: Axes, mask: np.ndarray, text: str) -> None:
-    """Put text where the region is widest; regions too small for it stay without."""
+    """Put text where the region of an (H, W) bool mask is widest; regions too small for it stay without."""
     depth = np.asarray(ndimage.distance_transform_edt(np.pad(mask, 1)))[1:-1, 1:-1]
     if depth.max() < 0.03 * max(mask.shape):
         return

@@ -34,6 +34,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
     def run(name: str, *arguments: str) -> tuple[int, str]:
         monkeypatch.setattr("sys.argv", [name, *arguments])
+        monkeypatch.syspath_prepend(REPOSITORY / "workflows")  # as Python does, where the script takes it away
         with pytest.raises(SystemExit) as left:
             runpy.run_path(str(REPOSITORY / "workflows" / f"{name}.py"), run_name="__main__")
         assert isinstance(left.value.code, int)
@@ -88,7 +89,7 @@ def test_mistakes_are_named(command: Command, name: str, tmp_path: Path) -> None
     assert "--num-" in command(name, "--data", "d", "--out", str(tmp_path), "--num-actor", "2")[1]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [*RUNS, "inspect"])
 @pytest.mark.parametrize("under", ["", "sub/folder"])
 def test_out_must_be_a_folder(command: Command, tiny_data: Path, tmp_path: Path, name: str, under: str) -> None:
     (tmp_path / "file").touch()
@@ -153,7 +154,7 @@ def test_help_needs_no_heavy_imports(tmp_path: Path) -> None:
         "        command()\n"
         "    except SystemExit:\n"
         "        pass\n"
-        "for name in ('fetch', 'prepare', 'train', 'evaluate', 'ablate', 'crossvalidate', 'demo'):\n"
+        "for name in ('fetch', 'prepare', 'inspect', 'train', 'evaluate', 'ablate', 'crossvalidate', 'demo'):\n"
         "    leave(getattr(command_line, name), '--help')\n"
         "leave(command_line.evaluate, '--dota', 'd')\n"
         "print('imported', *{'torch', 'ray', 'mlflow'} & sys.modules.keys())\n"
@@ -171,3 +172,11 @@ def test_scripts_and_console_commands_are_the_same() -> None:
         assert callable(getattr(command_line, path.stem))
         assert os.access(path, os.X_OK)
         assert len(path.read_text().splitlines()) <= 30
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_script_runs_on_its_own(path: Path, tmp_path: Path) -> None:
+    """Though one of its folder is called as a module of the standard library, which dataclasses import."""
+    done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--out" in done.stdout

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from instseg.report.pictures import PALETTE, blend, choose_colours, save_overlay, save_panel
+from instseg.report.colours import PALETTE, choose_colours
+from instseg.report.pictures import blend, save_overlay, save_panel
 from instseg.structures import Detections, InstanceMap, Sample
 
 CLASSES = ("background", "cat", "dog")
