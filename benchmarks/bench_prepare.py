@@ -27,6 +27,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save
+from torchvision.models import get_model
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import RESULTS, write_result
@@ -110,7 +113,13 @@ def _projection(costs: dict[str, float], per_detection: float) -> dict[str, dict
 def _network_costs(config: PrepareConfig, plan: ShardPlan, tasks: list[ShardTask]) -> dict[str, float]:
     """CPU seconds for 1,000 images, on one thread."""
     config = replace(config, detections=None, logits=None, detector=NETWORKS["detect"], semantic=NETWORKS["segment"])
-    config = replace(config, detector_weights="none", semantic_weights=None)
+    weights = {name: plan.out / f"{name}.safetensors" for name in NETWORKS.values()}
+    for name, path in weights.items():
+        num_outputs = 91 if name == NETWORKS["detect"] else len(plan.source.classes)
+        random = get_model(name, weights=None, weights_backbone=None, num_classes=num_outputs)
+        path.publish(save({key: tensor.contiguous() for key, tensor in random.state_dict().items()}))
+    detect, segment = (str(weights[name]) for name in NETWORKS.values())
+    config = replace(config, detector_weights=detect, semantic_weights=segment)
     drafts = [read(replace(plan, out=StoragePath.of("nowhere")), task).encode() for task in tasks]
     costs = {}
     for name, stage in (("detect", Detect), ("segment", Segment)):

@@ -169,7 +169,7 @@ class PrepareConfig(_Checked):
     semantic: str | None = (
         None  # instead: a segmentation network of torchvision by name, or a run or checkpoint of ours
     )
-    semantic_weights: str | None = "default"  # as --detector-weights; of COCO with VOC's classes
+    semantic_weights: str | None = None  # as --detector-weights; default: torchvision's, of COCO with VOC's classes
     device: Device = "auto"  # of the networks; "auto": GPUs if there are any, else CPUs
     min_score: float = 0.05  # detections below are left out
     grabcut_iterations: int = 5  # for each detection; the paper gives no number

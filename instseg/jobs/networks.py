@@ -45,11 +45,11 @@ class Segment:
     """Ray Data's stage of the semantic network; as `Detect`."""
 
     def __init__(self, config: PrepareConfig, classes: tuple[str, ...], device: str) -> None:
-        from instseg.models.semantic import open_semantic
+        from instseg.models.open import open_semantic
 
         assert config.semantic is not None  # for type checkers
         _one_thread()
-        network = open_semantic(config.semantic, len(classes), config.semantic_weights)
+        network = open_semantic(config.semantic, classes, _semantic_weights(config))
         self.network = network.to(device).eval()
         self.device = device
 
@@ -84,8 +84,14 @@ def describe_networks(config: PrepareConfig) -> dict[str, Any]:
         weights = _content(config.detector_weights)
         described["detector"] = {"name": config.detector, "weights": weights, "nms_iou": config.nms_iou}
     if config.semantic is not None:
-        described["semantic"] = {"name": _content(config.semantic), "weights": _content(config.semantic_weights)}
+        described["semantic"] = {"name": _content(config.semantic), "weights": _content(_semantic_weights(config))}
     return described
+
+
+def _semantic_weights(config: PrepareConfig) -> str | None:
+    """A network that is named has torchvision's weights unless others are; one that was trained here has its own."""
+    trained = config.semantic is not None and StoragePath.of(config.semantic).is_folder()
+    return config.semantic_weights or (None if trained else "default")
 
 
 def _content(name: str | None) -> str | None:
