@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
-
-from instseg.checks import finite
 
 _OVERSHOOT = 1  # pixels by which polygons that people drew leave the image
 _MAX_SHIFT = 60  # bits of a run: pixels of an image
@@ -44,7 +43,9 @@ def _check_polygon(polygon: object, height: int, width: int) -> list[float]:
     if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
         got = f"{len(polygon)} numbers" if isinstance(polygon, list) else type(polygon).__name__
         raise ValueError(f"polygon without 3 points or more: expected [x0, y0, x1, y1, x2, y2, ...], got {got}")
-    points = np.array([finite("polygon", value) for value in polygon]).reshape(-1, 2)
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in polygon):
+        raise ValueError(f"polygon: expected finite numbers, got {polygon}")
+    points = np.array(polygon, np.float64).reshape(-1, 2)
     low, high = points.min(0), points.max(0)
     if low.min() < -_OVERSHOOT or (high > (width + _OVERSHOOT, height + _OVERSHOOT)).any():
         got = f"x {low[0]:g}..{high[0]:g}, y {low[1]:g}..{high[1]:g}"
