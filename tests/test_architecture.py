@@ -24,7 +24,7 @@ LAYERS = {
     "__init__.py": {"config", "structures", "crf", "models"},  # the public names
     "lattice": {"checks", "shapes", "config"},
     "crf": {"checks", "shapes", "config", "lattice"},
-    "data": {"checks", "storage", "config", "structures"},
+    "data": {"storage", "config", "structures"},
     "models": {"checks", "shapes", "storage", "config", "structures", "crf", "data"},
     "training": {"checks", "shapes", "config", "structures", "crf", "models", "evaluation"},
     "evaluation": {"checks", "shapes", "storage", "config", "structures"},

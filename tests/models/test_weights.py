@@ -87,9 +87,9 @@ def test_an_absent_file_is_named(tmp_path: Path) -> None:
 
 def test_tensors_of_any_precision_are_taken_over() -> None:
     tensors = {name: tensor.half() for name, tensor in network().state_dict().items()}
-    target = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
-    load_weights(target, tensors, "x")
-    torch.testing.assert_close(target[0].weight.detach(), tensors["0.weight"].float(), rtol=0, atol=0)
+    convolution = nn.Conv2d(3, 2, 1)
+    load_weights(nn.Sequential(convolution, nn.BatchNorm2d(2)), tensors, "x")
+    torch.testing.assert_close(convolution.weight.detach(), tensors["0.weight"].float(), rtol=0, atol=0)
 
 
 def test_differences_are_named_and_counted() -> None:
