@@ -26,9 +26,9 @@ def run_all(root: StoragePath) -> None:
         out=data,
         devkit=devkit,
         split="train",
-        classes=f"{devkit}/classes.txt",
-        detections=f"{devkit}/detections.json",
-        logits=f"{devkit}/logits",
+        classes=str(root / "devkit" / "classes.txt"),
+        detections=str(root / "devkit" / "detections.json"),
+        logits=str(root / "devkit" / "logits"),
         shard_size=SHARD_SIZE,
     )
     prepare(inputs)
