@@ -271,9 +271,7 @@ def _plan(config: PrepareConfig, out: Path) -> tuple[ShardPlan, list[ShardTask]]
     listing = list_images(config)
     records = {} if config.detections is None else read_detections(config.detections)[0]
     logits = None if config.logits is None else StoragePath.of(config.logits)
-    plan = ShardPlan(
-        StoragePath.of(out), listing.source, logits, config.min_score, config.grabcut_iterations, digest=str(out)
-    )
+    plan = ShardPlan(StoragePath.of(out), listing.source, logits, config.min_score, config.grabcut, digest=str(out))
     parts = range(0, len(listing.items), SHARD_SIZE)
     tasks = [ShardTask.of(k, listing.items[i : i + SHARD_SIZE], records) for k, i in enumerate(parts)]
     return plan, tasks

@@ -139,6 +139,24 @@ class FetchConfig(_Checked):
 
 
 @dataclass(frozen=True)
+class GrabCutConfig(_Checked):
+    """GrabCut for the foreground of each detection (paper 3.2), of which the paper gives no settings.
+
+    What it sees is the box and a margin, made smaller where the box is large. benchmarks/bench_prepare.py shows what
+    more of it all costs, and gives.
+    """
+
+    num_iterations: int = 1
+    box_pixels: int = 16384  # in the box, at most; 16384 is 128 x 128
+    margin: float = 0.5  # of the box's sides, on each side
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_iterations", "box_pixels", "margin"):
+            positive(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
 class PrepareConfig(_Checked):
     """workflows/prepare.py: photographs and the outputs of two networks become Parquet shards.
 
@@ -172,7 +190,7 @@ class PrepareConfig(_Checked):
     semantic_weights: str | None = None  # as --detector-weights; default: torchvision's, of COCO with VOC's classes
     device: Device = "auto"  # of the networks; "auto": GPUs if there are any, else CPUs
     min_score: float = 0.05  # detections below are left out
-    grabcut_iterations: int = 5  # for each detection; the paper gives no number
+    grabcut: GrabCutConfig = field(default_factory=GrabCutConfig)
     shard_size: int = 16  # images per Parquet file, and per task
     max_quarantined: float = 0.01  # share of images; above it the job fails
 
@@ -180,8 +198,7 @@ class PrepareConfig(_Checked):
         super().__post_init__()
         for name in ("min_score", "max_quarantined", "nms_iou"):
             unit_interval(name, getattr(self, name))
-        for name in ("shard_size", "grabcut_iterations"):
-            positive(name, getattr(self, name))
+        positive("shard_size", self.shard_size)
         non_negative("min_pixels", self.min_pixels)
         roots = [name for name in ("devkit", "sbd", "coco", "images") if getattr(self, name) is not None]
         known = (["devkit"], ["sbd"], ["devkit", "sbd"], ["coco", "images"], ["images"])

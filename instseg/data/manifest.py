@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -41,7 +42,7 @@ def collect_settings(config: PrepareConfig, listing: Listing, networks: dict[str
         "classes": list(listing.source.classes),
         "min_pixels": config.min_pixels,
         "min_score": config.min_score,
-        "grabcut_iterations": config.grabcut_iterations,
+        **{f"grabcut.{name}": value for name, value in asdict(config.grabcut).items()},
         "shard_size": config.shard_size,
         "image_ids": digest(image_ids),
         "images": _digest_files(path for item in items for path in listing.source.files(item)),

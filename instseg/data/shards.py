@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from instseg.config import GrabCutConfig
 from instseg.data.files import read_json, sha256_of, write_json
 from instseg.data.network_outputs import DetectionRecord, parse_json
 from instseg.data.quarantine import QuarantineRow
@@ -33,7 +34,7 @@ class ShardPlan:
         source: Reads the images and their ground truth.
         logits: Folder of another network's <image_id>.npz, if there is one.
         min_score: Detections below are left out.
-        grabcut_iterations: For each detection.
+        grabcut: For the foregrounds.
         digest: Of all that the bytes depend on.
     """
 
@@ -41,7 +42,7 @@ class ShardPlan:
     source: Source
     logits: StoragePath | None
     min_score: float
-    grabcut_iterations: int
+    grabcut: GrabCutConfig
     digest: str
 
 

@@ -138,7 +138,7 @@ def foreground(plan: ShardPlan, draft: Draft) -> Draft:
 
     def with_foregrounds(row: dict[str, Any]) -> dict[str, Any]:
         detections = decode_detections(row["detections"], row["height"], row["width"])
-        computed = compute_foregrounds(_pixels(row), detections, row["image_id"], plan.grabcut_iterations)
+        computed = compute_foregrounds(_pixels(row), detections, row["image_id"], plan.grabcut)
         return {"detections": encode_detections(*computed)}
 
     draft.fill("foreground", with_foregrounds)

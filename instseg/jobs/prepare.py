@@ -59,7 +59,7 @@ def prepare(config: PrepareConfig) -> PreparedDataset:
         source=listing.source,
         logits=None if config.logits is None else StoragePath.of(config.logits),
         min_score=config.min_score,
-        grabcut_iterations=config.grabcut_iterations,
+        grabcut=config.grabcut,
         digest=digest(settings | collect_versions(config)),
     )
     starts = range(0, num_images, config.shard_size)

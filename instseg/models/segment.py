@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from instseg.checks import array, require
-from instseg.config import ModelConfig
+from instseg.config import GrabCutConfig, ModelConfig
 from instseg.models.network import InstanceNetwork
 from instseg.models.semantic import LOGITS
 from instseg.structures import Detections, InstanceMap, Sample
@@ -46,7 +46,7 @@ def segment_instances(
     if detections.foregrounds is None:
         from instseg.data.foreground import compute_foregrounds  # OpenCV, only where it is needed
 
-        found, _ = compute_foregrounds(sample.image, detections, image_id="", num_iterations=5)
+        found, _ = compute_foregrounds(sample.image, detections, "", GrabCutConfig())
         sample = replace(sample, detections=found)
     with torch.no_grad():
         return network.instance_map(network(sample))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from instseg.config import GrabCutConfig
 from instseg.data.files import write_json
 from instseg.data.network_outputs import read_detections
 from instseg.data.schema import FORMAT_VERSION
@@ -31,7 +32,7 @@ def plan(devkit: Path, tmp_path: Path) -> ShardPlan:
         source=open_devkit(devkit, ("background", *read_lines(devkit / "classes.txt"))),
         logits=StoragePath.of(devkit / "logits"),
         min_score=0.05,
-        grabcut_iterations=1,
+        grabcut=GrabCutConfig(),
         digest="x",
     )
 

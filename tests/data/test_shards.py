@@ -88,10 +88,10 @@ def test_a_task_has_its_own_images_detections_alone() -> None:
 def test_whatever_an_image_raises_is_one_row(plan: ShardPlan, task: ShardTask, monkeypatch: pytest.MonkeyPatch) -> None:
     second = ids_of(task)[1]
 
-    def fail(image, detections, image_id, num_iterations):
+    def fail(image, detections, image_id, config):
         if image_id == second:
             raise cv2.error("odd\nerror")
-        return compute_foregrounds(image, detections, image_id, num_iterations)
+        return compute_foregrounds(image, detections, image_id, config)
 
     monkeypatch.setattr("instseg.data.stages.compute_foregrounds", fail)
     report, _ = make_shard(plan, task)

@@ -67,7 +67,7 @@ def test_networks_fill_in_what_other_systems_did_not(plan: ShardPlan, task: Shar
     for sample in samples:
         x = int(sample.image[0, 0, 0]) % 50
         np.testing.assert_array_equal(sample.detections.boxes, [[x, 4, x + 20, 30]])
-        expected, _ = compute_foregrounds(sample.image, found_at(x), sample.image_id, plan.grabcut_iterations)
+        expected, _ = compute_foregrounds(sample.image, found_at(x), sample.image_id, plan.grabcut)
         np.testing.assert_array_equal(sample.detections.foregrounds, expected.foregrounds)
         np.testing.assert_array_equal(sample.logits, np.full((6, 3, 4), sample.image[1, 1, 1]))
 

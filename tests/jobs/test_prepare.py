@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instseg.config import PrepareConfig
+from instseg.config import GrabCutConfig, PrepareConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.data.quarantine import read_quarantine
 from instseg.data.synthetic import write_synthetic_devkit
@@ -107,8 +107,8 @@ def test_a_second_run_does_nothing_and_says_so(
 
 def test_other_settings_need_another_directory(devkit: Path, prepared: Path, tmp_path: Path) -> None:
     before = _times(prepared)
-    with pytest.raises(ValueError, match=r"grabcut_iterations \(5 there, 2 now\); choose another --out"):
-        prepare(_config(devkit, prepared, grabcut_iterations=2))
+    with pytest.raises(ValueError, match=r"grabcut\.num_iterations \(1 there, 2 now\); choose another --out"):
+        prepare(_config(devkit, prepared, grabcut=GrabCutConfig(num_iterations=2)))
     detections = tmp_path / "detections.json"
     detections.write_text("[]")
     with pytest.raises(ValueError, match="detections "):
@@ -139,7 +139,7 @@ def test_a_half_written_run_is_completed(
 
 
 def test_shards_of_other_settings_are_redone(devkit: Path, prepared: Path, tmp_path: Path) -> None:
-    prepare(_config(devkit, tmp_path, grabcut_iterations=1))
+    prepare(_config(devkit, tmp_path, grabcut=GrabCutConfig(num_iterations=2)))
     (tmp_path / "manifest.json").unlink()
     prepare(_config(devkit, tmp_path))
     assert _content(tmp_path) == _content(prepared)
