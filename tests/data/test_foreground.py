@@ -98,7 +98,7 @@ def test_sees_the_box_and_a_margin_at_a_bounded_resolution(monkeypatch: pytest.M
     assert detections.foregrounds is not None
     assert detections.foregrounds[1].sum() == 40 * 20
     assert 0.999 < detections.foregrounds[0].sum() / (400 * 200) <= 1  # enlarging rounds its corners
-    assert 0.9 < detections.foregrounds[2].mean() < 1  # its frame is background
+    assert 0.8 < detections.foregrounds[2].mean() < 1  # its frame is background
 
 
 def test_the_box_serves_where_grabcut_leaves_next_to_nothing(
