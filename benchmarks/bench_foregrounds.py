@@ -1,0 +1,199 @@
+#!/usr/bin/env python
+"""What a GrabCut call costs, how near its mask is to the object, and what AP^r_vol of the whole system makes of it.
+
+Foregrounds of a prepared data set are computed anew under each setting. The system is that of cross-validations
+(`instseg-crossvalidate`) of the same data, one for each seed, whose heads were trained with the foregrounds that the
+data has: each image is scored by a network that was trained without it. Records are kept in --out, so that a run that
+was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import write_result
+from instseg.config import FULL, GrabCutConfig
+from instseg.data.dataset import PreparedDataset
+from instseg.data.folds import split_folds
+from instseg.data.foreground import compute_foregrounds
+from instseg.evaluation.ap_r import ImageRecord, image_record
+from instseg.evaluation.matching import match_boxes
+from instseg.evaluation.records import read_records, write_records
+from instseg.evaluation.significance import compare
+from instseg.models.network import InstanceNetwork
+from instseg.report.tables import Evaluation
+from instseg.storage import StoragePath
+from instseg.structures import Detections, Sample, box_to_slices
+
+WHOLE = 10**9  # pixels, or sides of the box: more than any image has
+SETTINGS: dict[str, GrabCutConfig] = {
+    "whole image, 5 iterations": GrabCutConfig(5, WHOLE, WHOLE),
+    "whole image, 1": GrabCutConfig(1, WHOLE, WHOLE),
+    "half around, 5": GrabCutConfig(5, WHOLE),
+    "half around, 16384 px, 5": GrabCutConfig(5),
+    "half around, 16384 px, 2": GrabCutConfig(2),
+    "half around, 16384 px, 1": GrabCutConfig(),
+    "half around, 4096 px, 1": GrabCutConfig(1, 4096),
+    "quarter around, 16384 px, 1": GrabCutConfig(margin=0.25),
+}
+PREPARED, BOX, DEFAULT = "as prepared", "box", "half around, 16384 px, 1"
+EVERY = 4  # of the images serves for costs and masks
+NUM_FOLDS, FOLD_SEED = 5, 0
+
+
+class Masks(NamedTuple):
+    """Of one image: CPU seconds, share of foregrounds that are the box, IoU of each right detection with the truth."""
+
+    seconds: float
+    num_detections: int
+    num_boxes: int
+    ious: list[float]
+
+
+def main() -> None:
+    """Print what was measured and write results/foregrounds.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, help="prepared with the foregrounds of before")
+    parser.add_argument("--folds", nargs="*", default=[], help="folders of cross-validations, one for each seed")
+    parser.add_argument("--out", required=True, help="folder for records")
+    options = parser.parse_args()
+    data = os.path.abspath(options.data)
+    indices = range(0, len(PreparedDataset(data)), EVERY)
+    with get_context("spawn").Pool(2, torch.set_num_threads, [1]) as pool:
+        curve = {name: _summary(pool.starmap(_masks, [(data, i, name) for i in indices])) for name in _masks_of()}
+        print(json.dumps(curve, indent=1), flush=True)
+        scores: dict[str, Any] = {}
+        for place in options.folds:
+            for name in (PREPARED, DEFAULT, BOX):
+                path = StoragePath.of(options.out) / f"{len(scores)}-{name.replace(' ', '_')}.arrow"
+                if path.size() is None:
+                    jobs = [(data, os.path.abspath(place), name, *job) for job in _held_out(data)]
+                    write_records(path, sorted(pool.starmap(_record, jobs, 4), key=lambda record: record.image_id))
+            scores[place] = _scores(Path(options.out), len(scores), data)
+            print(json.dumps(scores[place], indent=1), flush=True)
+    result = {"settings": {name: asdict(config) for name, config in SETTINGS.items()}, "curve": curve}
+    print(write_result("foregrounds", result | {"seeds": list(scores.values()), "mean": _mean(list(scores.values()))}))
+
+
+def _masks_of() -> list[str]:
+    return ["plain OpenCV, whole image, 5", *SETTINGS, BOX]
+
+
+def _masks(data: str, index: int, name: str) -> Masks:
+    sample = _dataset(data)[index]
+    start = time.process_time()
+    found, sources = _foregrounds(sample, name)
+    seconds = time.process_time() - start
+    masks, truth = found.foregrounds, sample.known_instances
+    assert masks is not None
+    assert truth is not None
+    matches = match_boxes(sample.detections, truth, sample.instance_labels)
+    ious = [_iou(masks[d], truth, matches[d] + 1) for d in np.flatnonzero(matches >= 0)]
+    return Masks(seconds, len(found), sources.count("box"), ious)
+
+
+def _foregrounds(sample: Sample, name: str) -> tuple[Detections, list[str]]:
+    given, size = sample.detections, sample.image.shape[:2]
+    if name == PREPARED:
+        return given, []
+    if name == BOX:
+        return replace(given, foregrounds=given.box_masks(*size)), ["box"] * len(given)
+    if name in SETTINGS:
+        return compute_foregrounds(sample.image, given, sample.image_id, SETTINGS[name])
+    return replace(
+        given, foregrounds=np.array([_plain(sample.image, box) for box in given.boxes]).reshape(-1, *size)
+    ), []
+
+
+def _plain(image: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """The loop that OpenCV's tutorial has."""
+    cv2.setNumThreads(1)
+    y, x = box_to_slices(box, *image.shape[:2])
+    mask, models = np.zeros(image.shape[:2], np.uint8), (np.zeros((1, 65)), np.zeros((1, 65)))
+    inside = max(x.start, 1), max(y.start, 1)
+    size = min(x.stop, image.shape[1] - 1) - inside[0], min(y.stop, image.shape[0] - 1) - inside[1]
+    try:
+        cv2.grabCut(image, mask, (*inside, *size), *models, 5, cv2.GC_INIT_WITH_RECT)
+    except cv2.error:
+        return mask > 0
+    return (mask & 1) > 0
+
+
+def _iou(mask: np.ndarray, instances: np.ndarray, instance: int) -> float:
+    truth = instances == instance
+    return float((mask & truth).sum() / ((mask & (instances >= 0)) | truth).sum())
+
+
+def _summary(masks: list[Masks]) -> dict[str, float]:
+    num_detections = sum(image.num_detections for image in masks)
+    seconds = sum(image.seconds for image in masks)
+    return {
+        "cpu_seconds_per_detection": seconds / num_detections,
+        "images_per_core_second": len(masks) / max(seconds, 1e-9),
+        "share_of_boxes": sum(image.num_boxes for image in masks) / num_detections,
+        "mean_iou_with_truth": mean(iou for image in masks for iou in image.ious),
+    }
+
+
+def _held_out(data: str) -> Iterator[tuple[int, int]]:
+    """Each image once: the fold that it is in, and its index."""
+    for fold, indices in enumerate(split_folds(_dataset(data).image_ids, NUM_FOLDS, FOLD_SEED)):
+        yield from ((fold, index) for index in indices)
+
+
+@torch.inference_mode()
+def _record(data: str, folds: str, name: str, fold: int, index: int) -> ImageRecord:
+    dataset, network = _dataset(data), _network(f"{folds}/fold_{fold}/run")
+    sample = dataset[index]
+    sample = replace(sample, detections=_foregrounds(sample, name)[0])
+    output = network(sample, FULL)
+    before, validity = output.semantic_logits.argmax(0).numpy(), output.validity.numpy()
+    return image_record(sample, network.instance_map(output), before, dataset.num_labels, validity)
+
+
+def _scores(out: Path, seed: int, data: str) -> dict[str, Any]:
+    """AP^r_vol, and the difference to the foregrounds of before with its 95 % interval, in percent."""
+    records = {
+        name: read_records(str(out / f"{seed}-{name.replace(' ', '_')}.arrow")) for name in (PREPARED, DEFAULT, BOX)
+    }
+    classes = _dataset(data).classes
+    scores: dict[str, Any] = {n: Evaluation.of(r, classes).metrics()["ap_r_vol"] for n, r in records.items()}
+    for name in (DEFAULT, BOX):
+        difference = compare(records[PREPARED], records[name]).ap_r_vol
+        scores[f"{name} - {PREPARED}"] = [100 * value for value in difference]
+    return scores
+
+
+def _mean(seeds: list[dict[str, Any]]) -> dict[str, float]:
+    return {name: mean(seed[name] for seed in seeds) for name in (PREPARED, DEFAULT, BOX)} if seeds else {}
+
+
+@lru_cache
+def _dataset(data: str) -> PreparedDataset:
+    return PreparedDataset(data)
+
+
+@lru_cache
+def _network(run: str) -> InstanceNetwork:
+    return InstanceNetwork.load(run)
+
+
+if __name__ == "__main__":
+    main()
