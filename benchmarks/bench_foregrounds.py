@@ -81,15 +81,17 @@ def main() -> None:
         print(json.dumps(curve, indent=1), flush=True)
         scores: dict[str, Any] = {}
         for place in options.folds:
-            for name in (PREPARED, DEFAULT, BOX):
-                path = StoragePath.of(options.out) / f"{len(scores)}-{name.replace(' ', '_')}.arrow"
+            for name in (PREPARED, DEFAULT):
+                path = _path(Path(options.out), len(scores), name)
                 if path.size() is None:
                     jobs = [(data, os.path.abspath(place), name, *job) for job in _held_out(data)]
                     write_records(path, sorted(pool.starmap(_record, jobs, 4), key=lambda record: record.image_id))
             scores[place] = _scores(Path(options.out), len(scores), data)
             print(json.dumps(scores[place], indent=1), flush=True)
-    result = {"settings": {name: asdict(config) for name, config in SETTINGS.items()}, "curve": curve}
-    print(write_result("foregrounds", result | {"seeds": list(scores.values()), "mean": _mean(list(scores.values()))}))
+    result: dict[str, Any] = {"settings": {name: asdict(config) for name, config in SETTINGS.items()}, "curve": curve}
+    result["ap_r_vol"] = list(scores.values())
+    result["mean_difference"] = mean(seed["difference"][0] for seed in scores.values()) if scores else None
+    print(write_result("foregrounds", result))
 
 
 def _masks_of() -> list[str]:
@@ -170,19 +172,17 @@ def _record(data: str, folds: str, name: str, fold: int, index: int) -> ImageRec
 
 def _scores(out: Path, seed: int, data: str) -> dict[str, Any]:
     """AP^r_vol, and the difference to the foregrounds of before with its 95 % interval, in percent."""
-    records = {
-        name: read_records(str(out / f"{seed}-{name.replace(' ', '_')}.arrow")) for name in (PREPARED, DEFAULT, BOX)
-    }
+    before, after = (read_records(_path(out, seed, name)) for name in (PREPARED, DEFAULT))
     classes = _dataset(data).classes
-    scores: dict[str, Any] = {n: Evaluation.of(r, classes).metrics()["ap_r_vol"] for n, r in records.items()}
-    for name in (DEFAULT, BOX):
-        difference = compare(records[PREPARED], records[name]).ap_r_vol
-        scores[f"{name} - {PREPARED}"] = [100 * value for value in difference]
-    return scores
+    return {
+        PREPARED: Evaluation.of(before, classes).metrics()["ap_r_vol"],
+        DEFAULT: Evaluation.of(after, classes).metrics()["ap_r_vol"],
+        "difference": [100 * value for value in compare(before, after).ap_r_vol],
+    }
 
 
-def _mean(seeds: list[dict[str, Any]]) -> dict[str, float]:
-    return {name: mean(seed[name] for seed in seeds) for name in (PREPARED, DEFAULT, BOX)} if seeds else {}
+def _path(out: Path, seed: int, name: str) -> StoragePath:
+    return StoragePath.of(str(out)) / f"{seed}-{name.replace(' ', '_')}.arrow"
 
 
 @lru_cache

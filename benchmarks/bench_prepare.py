@@ -63,9 +63,8 @@ def main() -> None:
         config = _inputs(options.devkit, Path(folder))
         for part in options.parts:
             results[part] = {"stages": stages, "scaling": scaling, "scale": scale}[part](config, Path(folder))
-            print(json.dumps({part: results[part]}, indent=1), flush=True)
-    results.pop("provenance", None)
-    print(write_result("prepare", results))
+            results.pop("provenance", None)
+            print(json.dumps({part: results[part]}, indent=1), write_result("prepare", results), flush=True)
 
 
 def stages(config: PrepareConfig, folder: Path) -> dict[str, Any]:
