@@ -20,9 +20,9 @@ def require(condition: bool, name: str, expected: str, got: object) -> None:
 
 def choice(name: str, value: object, literal: Any) -> None:
     """Raise ValueError unless `value` is one of those of the `Literal` type, suggesting the nearest."""
-    values = get_args(literal)
-    if value not in values:
-        nearest = difflib.get_close_matches(str(value), values, n=1, cutoff=0)[0]
+    values = {str(choice): choice for choice in get_args(literal)}
+    if value not in values.values():
+        nearest = values[difflib.get_close_matches(str(value), values, n=1, cutoff=0)[0]]
         raise ValueError(f"{name}: expected one of {', '.join(values)}, got {value!r}; did you mean {nearest!r}?")
 
 

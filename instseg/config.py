@@ -83,8 +83,10 @@ class ModelConfig(_Checked):
     """The network of Figure 2."""
 
     semantic: str = "logits"  # "logits" (precomputed), "fcn8s", or a torchvision segmentation model by name
-    # A state dict, .safetensors or .pth; for "fcn8s" of VGG-16. torchvision: "default" is its own. Unset: random.
+    # A state dict, .safetensors or .pth; for "fcn8s" of VGG-16. "default" is torchvision's. Unset: random.
     semantic_weights: str | None = None
+    fcn_width: int = 4096  # channels of fc6 and fc7 of "fcn8s"; with others than VGG-16's 4096 both start at random
+    fcn_stride: Literal[8, 16, 32] = 8  # of the finest scores of "fcn8s": 32, 16 and 8 are trained one after the other
     # Learn F_d and the prior of Y_d from each detection's crop, and let F_d stand for B_d in Eq. 4. Else F_d is that of
     # the data, the prior is the detector's score, and Eq. 4 is the paper's.
     detection_head: bool = False
@@ -97,6 +99,7 @@ class ModelConfig(_Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         non_negative("map_weight", self.map_weight)
+        positive("fcn_width", self.fcn_width)
 
 
 @dataclass(frozen=True)

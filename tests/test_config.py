@@ -48,6 +48,11 @@ def test_the_nearest_choice_is_suggested():
         KernelConfig(accuracy="exakt")  # pyright: ignore[reportArgumentType]
 
 
+def test_a_choice_of_numbers_is_refused_as_one_of_words_is():
+    with pytest.raises(ValueError, match=r"^fcn_stride: expected one of 8, 16, 32, got 61; did you mean 16\?"):
+        ModelConfig(fcn_stride=61)  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, "1", None, True])
 @pytest.mark.parametrize(("kind", "name"), FLOATS)
 def test_a_number_that_is_none_is_refused(kind, name, value):

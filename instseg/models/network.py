@@ -58,7 +58,9 @@ class InstanceNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.num_labels = num_labels
-        self.semantic = build_semantic(config.semantic, num_labels, config.semantic_weights)
+        self.semantic = build_semantic(
+            config.semantic, num_labels, config.semantic_weights, config.fcn_width, config.fcn_stride
+        )
         self.detection_head = DetectionHead(num_labels) if config.detection_head else None
         self.semantic_crf = HigherOrderCRF(num_labels, config.semantic_crf)
         self.instance_crf = InstanceCRF(config.instance_crf)

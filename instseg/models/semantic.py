@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -22,7 +24,8 @@ class SemanticNetwork(nn.Module):
 
     Args:
         body: Maps a normalised batch (B, 3, H, W) float32 to logits (B, L, H, W). One that upsamples coarse logits
-            bilinearly has a method `coarse` that returns them.
+            bilinearly has a method `coarse` that returns them; one to train has `stage_parameters` and
+            `new_parameters`.
     """
 
     def __init__(self, body: nn.Module) -> None:
@@ -55,6 +58,18 @@ class SemanticNetwork(nn.Module):
         size = [-(-side // _STRIDE) for side in image.shape[1:]]
         return interpolate(self(image)[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
 
+    def stage_parameters(self, num_stages: int) -> Iterator[nn.Parameter]:
+        """Parameters of the first stages, as of `FCN8s.stage_parameters`; torchvision's networks have 0 of them.
+
+        Raises:
+            ValueError: If there are not as many.
+        """
+        return self.body.stage_parameters(num_stages)  # pyright: ignore[reportCallIssue]
+
+    def new_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters that no ImageNet weights are for: as of `FCN8s.new_parameters`, or torchvision's classifier."""
+        return self.body.new_parameters()  # pyright: ignore[reportCallIssue]
+
     def train(self, mode: bool = True) -> SemanticNetwork:
         """As `nn.Module.train`, but batch normalisation keeps its statistics: one image is no batch."""
         super().train(mode)
@@ -78,14 +93,18 @@ def normalize(image: Num[Tensor, "3 H W"]) -> Float[Tensor, "3 H W"]:
     return (image.float() / 255 - mean) / std
 
 
-def build_semantic(name: str, num_labels: int, weights: str | None = None) -> SemanticNetwork | None:
+def build_semantic(
+    name: str, num_labels: int, weights: str | None = None, fcn_width: int = 4096, fcn_stride: int = 8
+) -> SemanticNetwork | None:
     """The semantic network of that name.
 
     Args:
         name: "logits" (no network), "fcn8s", or a torchvision segmentation model, e.g. "fcn_resnet50".
         num_labels: L, background included.
-        weights: None initialises at random; else a file as of `read_weights`, for "fcn8s" of VGG-16. torchvision's
-            models also take "default", their COCO weights with VOC classes.
+        weights: None initialises at random; else a file as of `read_weights`, for "fcn8s" of VGG-16; or "default",
+            torchvision's: for "fcn8s" VGG-16 trained on ImageNet, else the model on COCO with VOC classes.
+        fcn_width: As of `FCN8s`, for "fcn8s" alone.
+        fcn_stride: Likewise.
 
     Returns:
         The network, or None for "logits".
@@ -101,7 +120,7 @@ def build_semantic(name: str, num_labels: int, weights: str | None = None) -> Se
     if name == FCN8S:
         from instseg.models.fcn8s import FCN8s
 
-        body: nn.Module = FCN8s(num_labels)
+        body: nn.Module = FCN8s(num_labels, fcn_width, fcn_stride)
         if weights is not None:
             body.load_imagenet_weights(weights)  # pyright: ignore[reportCallIssue]
         return SemanticNetwork(body)
@@ -112,6 +131,4 @@ def build_semantic(name: str, num_labels: int, weights: str | None = None) -> Se
 
 def weights_file(name: str, weights: str | None) -> StoragePath | None:
     """The file that `build_semantic` reads its weights from, None where it reads none."""
-    if weights is None or (weights == DEFAULT and name != FCN8S):
-        return None
-    return StoragePath.of(weights)
+    return None if weights is None or weights == DEFAULT else StoragePath.of(weights)

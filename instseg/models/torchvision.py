@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torchvision.models import get_model, get_model_weights, list_models, segmentation
 
+from instseg.checks import require
 from instseg.models.weights import DEFAULT, download_weights, load_weights, read_weights
 from instseg.shapes import Float
 from instseg.storage import Place
@@ -57,6 +59,15 @@ class TorchvisionSegmentation(nn.Module):
         features = self.model.get_submodule("backbone")(images)
         head = self.model.get_submodule("classifier")
         return head(features if isinstance(self.model, segmentation.LRASPP) else features["out"])
+
+    def stage_parameters(self, num_stages: int) -> Iterator[nn.Parameter]:
+        """None, as backbones have no stages in common. Raises ValueError unless `num_stages` is 0."""
+        require(num_stages == 0, "num_stages", '0 with any network but "fcn8s"', num_stages)
+        return iter(())
+
+    def new_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters behind the backbone."""
+        return self.model.get_submodule("classifier").parameters()
 
 
 def _check(name: str, num_labels: int, weights: Place | None) -> None:

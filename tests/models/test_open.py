@@ -30,6 +30,11 @@ def test_a_name_is_a_network_in_evaluation_mode() -> None:
     assert network.coarse_logits(torch.rand(3, 40, 48) * 255).shape[0] == 3
 
 
+def test_an_untrained_network_is_not_taken() -> None:
+    with pytest.raises(ValueError, match=r"^semantic: expected a checkpoint of a trained one, .* got the name 'fcn8s'"):
+        open_semantic("fcn8s", CLASSES, "default")
+
+
 @pytest.mark.parametrize("place", ["run", "checkpoint", "uri", "relative"])
 def test_a_checkpoint_is_the_network_that_was_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str

@@ -32,6 +32,22 @@ def test_logits_have_the_size_of_the_image(name: str) -> None:
     assert not without
 
 
+def test_its_parts_can_be_trained_at_rates_of_their_own() -> None:
+    network = build("lraspp_mobilenet_v3_large").train()
+    network(torch.rand(3, 40, 56) * 255).square().mean().backward()
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    new = {names[id(parameter)] for parameter in network.new_parameters()}
+    assert new == {name for name in names.values() if name.startswith("body.model.classifier.")}
+    optimizer = torch.optim.SGD(network.new_parameters(), lr=0.1)
+    before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    optimizer.step()
+    moved = {name for name, parameter in network.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == new
+    assert list(network.stage_parameters(0)) == []
+    with pytest.raises(ValueError, match=r'^num_stages: expected 0 with any network but "fcn8s", got 2'):
+        network.stage_parameters(2)
+
+
 def test_batch_normalisation_keeps_its_statistics() -> None:
     network = build("lraspp_mobilenet_v3_large").train()
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
@@ -147,10 +163,9 @@ def test_the_default_weights_are_those_of_the_cache(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_file_of_weights_is_known_before_it_is_read() -> None:
-    assert weights_file("fcn_resnet50", None) is None
-    assert weights_file("fcn_resnet50", "default") is None
-    assert weights_file("fcn_resnet50", "a/b.pth") == StoragePath.of("a/b.pth")
-    assert weights_file("fcn8s", "default") == StoragePath.of("default")
+    assert weights_file("fcn8s", None) is None
+    assert weights_file("fcn8s", "default") is None
+    assert weights_file("fcn8s", "a/b.pth") == StoragePath.of("a/b.pth")
 
 
 def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
