@@ -72,7 +72,7 @@ def train(config: TrainConfig, parent: Tracker | None = None) -> StoragePath:
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Ray's workers have another current directory."""
-    if (weights := weights_file(config.model.semantic, config.model.semantic_weights)) is not None:
+    if (weights := weights_file(config.model.semantic_weights)) is not None:
         config = replace(config, model=replace(config.model, semantic_weights=str(weights)))
     return replace(config, data=str(StoragePath.of(config.data)), out=str(StoragePath.of(config.out)))
 
@@ -82,7 +82,7 @@ def _continue(
 ) -> None:
     with cluster():
         places = {"data": StoragePath.of(config.data), "out": StoragePath.of(config.out)}
-        weights = weights_file(config.model.semantic, config.model.semantic_weights)
+        weights = weights_file(config.model.semantic_weights)
         check_nodes(**places, model_semantic_weights=weights)
         config = _with_device(config)
         epoch = checkpoint.state["epoch"] if checkpoint else 0

@@ -49,7 +49,7 @@ def check_model(config: ModelConfig, num_labels: int) -> None:
     """Raise if there is no such network (ValueError) or no file of initial weights (FileNotFoundError)."""
     with torch.device("meta"):  # takes no time and no memory
         InstanceNetwork(replace(config, semantic_weights=None), num_labels)
-    weights = weights_file(config.semantic, config.semantic_weights)
+    weights = weights_file(config.semantic_weights)
     if weights is not None and weights.size() is None:
         raise FileNotFoundError(f"model.semantic_weights: no file {weights}")
 

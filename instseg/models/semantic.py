@@ -129,6 +129,6 @@ def build_semantic(
     return SemanticNetwork(TorchvisionSegmentation(name, num_labels, weights))
 
 
-def weights_file(name: str, weights: str | None) -> StoragePath | None:
+def weights_file(weights: str | None) -> StoragePath | None:
     """The file that `build_semantic` reads its weights from, None where it reads none."""
     return None if weights is None or weights == DEFAULT else StoragePath.of(weights)

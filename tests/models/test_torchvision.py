@@ -163,9 +163,9 @@ def test_the_default_weights_are_those_of_the_cache(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_file_of_weights_is_known_before_it_is_read() -> None:
-    assert weights_file("fcn8s", None) is None
-    assert weights_file("fcn8s", "default") is None
-    assert weights_file("fcn8s", "a/b.pth") == StoragePath.of("a/b.pth")
+    assert weights_file(None) is None
+    assert weights_file("default") is None
+    assert weights_file("a/b.pth") == StoragePath.of("a/b.pth")
 
 
 def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
