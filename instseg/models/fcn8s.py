@@ -30,7 +30,7 @@ class FCN8s(nn.Module):
     The score convolutions start at zero and the upsampling is fixed bilinear interpolation, as published. FCN-32s and
     FCN-16s lack the finer ones, `score_pool4` and `score_pool3`, and have the other parameters under the same names: a
     network that takes those of a coarser one by name, and keeps its own zeros for the rest, starts with its predictions
-    (but for the interpolation, which in two steps differs slightly from that in one).
+    (but for the interpolation, which in two steps is a little smoother than in one).
 
     Args:
         num_labels: L, background included.
