@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from instseg.checks import choice, fields_as_declared, non_negative, positive, require, unit_interval
+from instseg.checks import choice, fields_as_declared, finite, non_negative, positive, require, unit_interval
 
 Accuracy = Literal["fast", "ring", "exact"]
 Normalization = Literal["after", "symmetric", "none"]
@@ -234,6 +234,23 @@ class TrackingConfig(_Checked):
 
     uri: str | None = None  # default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current directory
     experiment: str = "instseg"
+
+
+@dataclass(frozen=True)
+class AugmentConfig(_Checked):
+    """The random views that training sees of an image; each option is off by default."""
+
+    flip: bool = False  # left to right, every second time
+    scale: tuple[float, float] = (1.0, 1.0)  # least and greatest factor, of which the logarithm is uniform
+    crop: int = 0  # a window of at most this many rows and columns, at a random place; 0: the whole image
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(len(self.scale) == 2, "scale", "two factors, the least and the greatest", self.scale)
+        low, high = (finite("scale", factor) for factor in self.scale)
+        require(0 < low <= high, "scale", "two factors > 0, the least first", self.scale)
+        object.__setattr__(self, "scale", (low, high))  # JSON has lists
+        non_negative("crop", self.crop)
 
 
 @dataclass(frozen=True)

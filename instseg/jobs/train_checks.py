@@ -96,5 +96,5 @@ def _leaves(settings: dict[str, Any], free: Set[str], prefix: str = "") -> dict[
         if isinstance(value, dict) and name not in free:
             leaves |= _leaves(value, free, f"{prefix}{name}.")
         elif name not in free:
-            leaves[prefix + name] = value
+            leaves[prefix + name] = list(value) if isinstance(value, tuple) else value  # JSON has no tuples
     return leaves
