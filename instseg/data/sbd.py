@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.io import loadmat
 
 from instseg.data.images import ImageFile, decode_photograph
+from instseg.data.matlab import read_struct
 from instseg.data.quarantine import QuarantineRow, blame
 from instseg.data.source import Item, Listing, Truth, read_ids
 from instseg.data.voc import BACKGROUND_NAME, VOC_CLASSES, VocDevkit
@@ -67,16 +66,16 @@ class SbdFolder:
 
         Raises:
             CorruptItemError: If a file or field is missing, damaged, of another size, or has a class that does not
-                exist.
+                exist; or is a decompression bomb.
         """
         if (devkit := self._devkit_of(item)) is not None:
             return devkit.read_truth(item, size)
         _, class_path, instance_path = self.files(item)
         with blame(item.image_id, f"cls/{class_path.name}"):
-            (semantic,) = _read_struct(class_path, "GTcls", "Segmentation")
+            (semantic,) = read_struct(class_path.read_bytes(), "GTcls", "Segmentation")
             _check("GTcls.Segmentation", semantic, size, 0, len(_CLASSES) - 1)
         with blame(item.image_id, f"inst/{instance_path.name}"):
-            instances, categories = _read_struct(instance_path, "GTinst", "Segmentation", "Categories")
+            instances, categories = read_struct(instance_path.read_bytes(), "GTinst", "Segmentation", "Categories")
             labels = np.ravel(categories)
             _check("GTinst.Categories", labels, labels.shape, 1, len(_CLASSES) - 1)
             _check("GTinst.Segmentation", instances, size, 0, labels.size)
@@ -156,18 +155,6 @@ def _find(root: StoragePath) -> StoragePath:
     if missing:
         raise FileNotFoundError(f"sbd {root}: expected {', '.join(missing)} in {folder}, which is missing")
     return folder
-
-
-def _read_struct(path: StoragePath, name: str, *fields: str) -> list[np.ndarray]:
-    """Fields of a MATLAB file's one struct."""
-    variables = loadmat(io.BytesIO(path.read_bytes()), variable_names=[name])
-    struct = variables.get(name)
-    if struct is None or struct.dtype.names is None or struct.size != 1:
-        raise ValueError(f"no struct {name} in it")
-    for field in fields:
-        if field not in struct.dtype.names:
-            raise ValueError(f"no field {name}.{field}; got {', '.join(struct.dtype.names)}")
-    return [np.asarray(struct[field].item()) for field in fields]
 
 
 def _check(name: str, values: np.ndarray, shape: tuple[int, ...], low: int, high: int) -> None:
