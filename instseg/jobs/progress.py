@@ -7,25 +7,35 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn, track
+from rich.progress import DownloadColumn, MofNCompleteColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 LINE_EVERY_S = 10.0
+_SPEED_OVER_S = 600.0  # a shard may take minutes; of one in rich's own 30 seconds it would make no speed
 Item = TypeVar("Item")
 
 
 def progress(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
     """Yield the items and say how many of `total` there have been, how fast, and how long the others will take."""
     if sys.stdout.isatty():
-        yield from track(items, what, total)
+        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, speed_estimate_period=_SPEED_OVER_S) as bar:
+            task = bar.add_task(what, total=total)
+            for item in items:
+                yield item
+                bar.advance(task)
         return
     start = last = time.monotonic()
+    before = 0
     for done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
         if now - last > LINE_EVERY_S:
+            rate = (done - before) / (now - start)
+            left = f"about {(total - done) / rate / 60:.0f} min left"
+            print(f"{what}: {done} of {total}, {rate:.2f} a second, {left}", flush=True)
             last = now
-            rate, minutes = done / (now - start), (total - done) * (now - start) / done / 60
-            print(f"{what}: {done} of {total}, {rate:.2f} a second, about {minutes:.0f} min left", flush=True)
+            if not before:  # what an earlier run had finished comes at once, and is no measure of the others
+                before, start = done, now
 
 
 def byte_progress(chunks: Iterable[bytes], done: int, total: int | None, what: str) -> Iterator[bytes]:
