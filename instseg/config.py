@@ -177,7 +177,8 @@ class PrepareConfig(_Checked):
     split: str | None = (
         None  # of --devkit: a name in ImageSets/Segmentation; of --sbd: train, val, train_noval, trainaug
     )
-    # "voc", or a text file, one foreground class a line; default: the 20 VOC classes, or all of --coco
+    # "voc", or a text file, one foreground class a line; default: the 20 VOC classes, which are those of --sbd, or all
+    # of --coco
     classes: str | None = None
     min_pixels: int = (
         0  # of --coco: images with fewer pixels of the classes are left out; the paper's training set: 200
@@ -209,6 +210,8 @@ class PrepareConfig(_Checked):
         require(roots in known, "photographs", "--devkit, --sbd (or both), --coco with --images, or --images", named)
         has_splits = self.devkit is not None or self.sbd is not None
         require(has_splits == (self.split is not None), "split", "one with --devkit or --sbd, else none", self.split)
+        require(self.sbd is None or self.classes is None, "classes", "none with --sbd, which has VOC's", self.classes)
+        require(self.coco is not None or self.min_pixels == 0, "min_pixels", "0 without --coco", self.min_pixels)
         for network, files in (("detector", "detections"), ("semantic", "logits")):
             both = getattr(self, network) is not None and getattr(self, files) is not None
             require(not both, network, f"no --{files} beside it", getattr(self, network))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from instseg import config
-from instseg.config import InstanceCrfConfig, KernelConfig, ModelConfig, SemanticCrfConfig, TrainConfig
+from instseg.config import InstanceCrfConfig, KernelConfig, ModelConfig, PrepareConfig, SemanticCrfConfig, TrainConfig
 from instseg.crf import HigherOrderCRF, InstanceCRF
 
 CONFIGS = [c for c in vars(config).values() if isinstance(c, type) and is_dataclass(c)]
@@ -98,6 +98,19 @@ def test_epochs_of_the_detection_head_alone_need_one():
         TrainConfig("data", "out", num_epochs=3, num_head_epochs=2)
     with pytest.raises(ValueError, match="num_head_epochs: expected a value >= 0, got -1"):
         TrainConfig("data", "out", model=model, num_head_epochs=-1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"classes": "voc"}, r"^classes: expected none with --sbd, which has VOC's, got voc"),
+        ({"min_pixels": 200}, r"^min_pixels: expected 0 without --coco, got 200"),
+    ],
+)
+@pytest.mark.parametrize("devkit", [None, "devkit"])
+def test_an_option_of_another_data_set_is_refused(given, message, devkit):
+    with pytest.raises(ValueError, match=message):
+        PrepareConfig("out", devkit=devkit, sbd="sbd", split="train", **given)
 
 
 def test_whole_numbers_are_weights_too():
