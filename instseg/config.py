@@ -197,6 +197,7 @@ class PrepareConfig(_Checked):
     grabcut: GrabCutConfig = field(default_factory=GrabCutConfig)
     shard_size: int = 16  # images per Parquet file, and per task
     max_quarantined: float = 0.01  # share of images; above it the job fails
+    contact_sheet: str | None = None  # folder for what workflows/inspect.py shows of `out`, at the end
 
     def __post_init__(self) -> None:
         super().__post_init__()

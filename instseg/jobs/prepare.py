@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 import time
 from dataclasses import asdict
 from typing import Any
 
-from instseg.config import PrepareConfig
+from instseg.config import InspectConfig, PrepareConfig
 from instseg.data.dataset import MANIFEST, PreparedDataset
 from instseg.data.files import digest
 from instseg.data.manifest import collect_settings, collect_versions, has_manifest, write_manifest
@@ -33,14 +34,23 @@ def prepare(config: PrepareConfig) -> PreparedDataset:
 
     Its bytes depend on the content of the inputs and the settings alone, not on CPUs, paths or interruptions. Uses
     the Ray cluster that this process is connected to, or the one at RAY_ADDRESS, or starts one on this machine for
-    the time of the run; with several nodes, the roots must be URIs that all of them reach.
+    the time of the run; with several nodes, the roots must be URIs that all of them reach. At the end it draws some of
+    the images, as `inspect` does, where `contact_sheet` names a folder.
 
     Raises:
         FileNotFoundError: If an input is missing.
         ValueError: If an input is malformed as a whole, `out` is or lies under a file or holds other data, or more
-            than `max_quarantined` of the images have a bad item.
+            than `max_quarantined` of the images have a bad item; or if `contact_sheet` cannot be a folder.
         OSError: If `out` cannot be written, such as on a full disk, or a store cannot be reached.
     """
+    if config.contact_sheet is not None:
+        check_out(config.contact_sheet, "contact-sheet")
+    dataset = _complete(config)
+    _show(config, dataset)
+    return dataset
+
+
+def _complete(config: PrepareConfig) -> PreparedDataset:
     start = time.monotonic()
     check_inputs(**{name: getattr(config, name) for name in (*_ROOTS, "detections", "logits")})
     out = check_out(config.out)
@@ -64,6 +74,7 @@ def prepare(config: PrepareConfig) -> PreparedDataset:
     )
     starts = range(0, num_images, config.shard_size)
     tasks = [ShardTask.of(k, listing.items[i : i + config.shard_size], records) for k, i in enumerate(starts)]
+    print(f"preparing {num_images} images in {len(tasks)} shards", flush=True)
     del listing, records  # each task has its share
     reports, seconds, num_kept = _write_shards(config, plan, tasks)
     quarantined = orphans + [row for report in reports for row in report.quarantined]
@@ -161,6 +172,18 @@ def _check_quarantine(rows: list[QuarantineRow], num_images: int, max_quarantine
     warning = check_share(rows, num_images, max_quarantined, out / QUARANTINE)
     if warning:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+def _show(config: PrepareConfig, dataset: PreparedDataset) -> None:
+    """The contact sheet, or how to get it."""
+    if config.contact_sheet is None:
+        data = shlex.quote(str(dataset.root))
+        print(f"counts and a contact sheet of it: workflows/inspect.py --data {data} --out FOLDER", flush=True)
+        return
+    from instseg.jobs.inspect import inspect  # draws, for which it imports what the other runs go without
+
+    print(flush=True)
+    inspect(InspectConfig(config.out, config.contact_sheet))
 
 
 def _summarise(dataset: PreparedDataset, num_kept: int, seconds: float) -> None:

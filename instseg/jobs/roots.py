@@ -13,8 +13,8 @@ def check_inputs(**places: Place | None) -> None:
             StoragePath.of(place).check_reachable()
 
 
-def check_out(out: Place) -> StoragePath:
-    """The root that a run writes to.
+def check_out(out: Place, option: str = "out") -> StoragePath:
+    """The root that a run writes to, which this option names.
 
     Raises:
         ValueError: If it, or what it lies under, is something else than a folder.
@@ -25,7 +25,7 @@ def check_out(out: Place) -> StoragePath:
         nearest = nearest_existing(root.local)
         if not nearest.is_dir():
             raise ValueError(
-                f"out {out}: expected a folder or a new name, but {nearest} is a file; choose another --out"
+                f"{option} {out}: expected a folder or a new name, but {nearest} is a file; choose another --{option}"
             )
     root.check_writable()
     return root

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -103,6 +104,21 @@ def test_a_second_run_does_nothing_and_says_so(
     assert len(prepare(_config(devkit, prepared))) == NUM_IMAGES
     assert "nothing to do" in capsys.readouterr().out
     assert _times(prepared) == before
+
+
+def test_the_end_shows_what_was_prepared_or_how_to_see_it(
+    devkit: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(_config(devkit, prepared))
+    told = shlex.split(capsys.readouterr().out.splitlines()[-1].partition(": ")[2])
+    assert told == ["workflows/inspect.py", "--data", str(prepared), "--out", "FOLDER"]
+    assert (REPOSITORY / told[0]).is_file()
+    prepare(_config(devkit, prepared, contact_sheet=str(tmp_path / "sheet")))
+    sheet = tmp_path / "sheet" / "contact_sheet.png"
+    assert str(sheet) in capsys.readouterr().out.splitlines()[-1]
+    assert sheet.is_file()
+    page = sheet.with_suffix(".html").read_text()
+    assert [f"<h2>scene_{index:05d}</h2>" in page for index in range(NUM_IMAGES)] == [True] * NUM_IMAGES
 
 
 def test_other_settings_need_another_directory(devkit: Path, prepared: Path, tmp_path: Path) -> None:

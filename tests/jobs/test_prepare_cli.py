@@ -30,6 +30,7 @@ def _run(devkit: Path, out: Path, *options: str) -> str:
         ("--split", "vall", "splits that exist: train, val"),
         ("--detections", "nothing.json", "error: detections nothing.json: no such file"),
         ("--out", __file__, "is a file"),
+        ("--contact-sheet", __file__, "is a file; choose another --contact-sheet"),
         ("--classes", sys.executable, "expected text in UTF-8"),
         ("--max-quarantine", "1", "--max-quarantined"),
     ],
