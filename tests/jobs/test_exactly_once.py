@@ -1,16 +1,19 @@
 """Processes are killed at random moments; then the same command gives what an undisturbed run gives.
 
-INSTSEG_NUM_KILLS=20 kills as many; by default a few are, because each costs seconds.
+INSTSEG_NUM_KILLS=20 kills as many; by default a few are, because each costs seconds. INSTSEG_KILL_PLACE says where:
+"disk", by default, on one CPU; "s3", the same with all files in an object store; "nodes", on two nodes that share it.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,75 +23,114 @@ import ray
 
 from instseg.data.dataset import PreparedDataset
 from instseg.data.synthetic import write_synthetic_devkit
+from instseg.storage import StoragePath
 from tests.conftest import REPOSITORY
 from tests.jobs import prepare_with_actor
+from tests.jobs.nodes import LOOPBACK, two_nodes
 
 psutil = import_module("psutil", ray.__name__)  # Ray brings it along, and makes it importable
-pytestmark = pytest.mark.ray
-NUM_KILLS = int(os.environ.get("INSTSEG_NUM_KILLS", "3"))
+NUM_KILLS, PLACE = int(os.environ.get("INSTSEG_NUM_KILLS", "3")), os.environ.get("INSTSEG_KILL_PLACE", "disk")
 NUM_IMAGES, SEED = 40, 0
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900 + 300 * NUM_KILLS)]
 
 
-def start(devkit: Path, out: Path, num_cpus: int) -> subprocess.Popen[str]:
-    command = [sys.executable, prepare_with_actor.__file__, str(devkit), str(out), str(num_cpus)]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    with out.with_suffix(".log").open("a") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, text=True)
+@dataclass(frozen=True)
+class Site:
+    """Where a preparation runs: the root of its files, a folder for the log, CPUs (0: those of a cluster)."""
+
+    root: StoragePath
+    folder: Path
+    num_cpus: int = 1
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def start(self, out: StoragePath) -> subprocess.Popen[str]:
+        options = [str(self.root / "devkit"), str(out), str(self.num_cpus)]
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | self.environment
+        with (self.folder / f"{out.name}.log").open("a") as log:
+            command = [sys.executable, prepare_with_actor.__file__, *options]
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=log, text=True)
 
 
-def victims(driver: Any) -> dict[str, Any]:
-    """Whom to kill: the driver, a worker at a task, the actor; those that there are."""
-    found = {"driver": driver}
-    for process in driver.children(recursive=True):
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    folder = tmp_path_factory.mktemp("disk")
+    write_synthetic_devkit(str(folder / "devkit"), NUM_IMAGES, 1, seed=5, size=(64, 96))
+    return Site(StoragePath.of(folder), folder)
+
+
+@pytest.fixture(scope="module")
+def site(disk: Site, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """The one that the environment names."""
+    assert PLACE in ("disk", "s3", "nodes"), f"INSTSEG_KILL_PLACE={PLACE}"
+    if PLACE == "disk":
+        yield disk
+        return
+    root, folder = StoragePath.of(request.getfixturevalue("s3")("kills")) / "root", tmp_path_factory.mktemp("nodes")
+    for path in (path for path in (disk.folder / "devkit").rglob("*") if path.is_file()):
+        (root / path.relative_to(disk.folder).as_posix()).publish_file(path)
+    if PLACE == "s3":
+        yield Site(root, folder)
+        return
+    for name in ("head", "node"):
+        (folder / name).mkdir()
+    with two_nodes(folder, num_gpus=1) as cluster:
+        yield Site(root, folder, 0, LOOPBACK | {"RAY_ADDRESS": str(cluster.address)})
+
+
+def victims(driver: subprocess.Popen[str]) -> dict[str, list[Any]]:
+    """Whom to kill: the driver, a worker at a task, an actor; those that there are. The test's cluster is its child."""
+    found: dict[str, list[Any]] = {"driver": [psutil.Process(driver.pid)]}
+    for process in psutil.Process().children(recursive=True):
         try:
             title = " ".join(process.cmdline())
         except psutil.Error:
             continue
         if title.startswith("ray::MapWorker"):
-            found["actor"] = process
+            found.setdefault("actor", []).append(process)
         elif title.startswith("ray::") and not title.startswith("ray::IDLE"):
-            found["worker"] = process
+            found.setdefault("worker", []).append(process)
     return found
 
 
-def wait_for_progress(process: subprocess.Popen[str], out: Path, num_files: int) -> bool:
+def shards(out: StoragePath) -> set[str]:
+    """The files of shards, complete or not; on disk without a look at them, as they come and go."""
+    names = out.files() if out.local is None else os.listdir(out.local) if out.is_folder() else []
+    return {name for name in names if name.startswith("shard-")}
+
+
+def wait_for_progress(process: subprocess.Popen[str], out: StoragePath, num_files: int) -> bool:
     """Wait until there are more files in `out`; whether the driver is still at work."""
-    while process.poll() is None and len(list(out.glob("shard-*"))) <= num_files:
+    while process.poll() is None and len(shards(out)) <= num_files:
         time.sleep(0.02)
     return process.poll() is None
 
 
-@pytest.fixture(scope="module")
-def devkit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("devkit")
-    write_synthetic_devkit(str(root), NUM_IMAGES, 1, seed=5, size=(64, 96))
-    return root
+def content(out: StoragePath) -> dict[str, bytes]:
+    return {name: (out / name).read_bytes() for name in out.files()}
 
 
-def content(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.iterdir()}
-
-
-def times(out: Path) -> dict[str, int]:
+def times(out: StoragePath) -> dict[str, int]:
     """When the shards that are complete were written."""
-    return {path.stem: path.with_suffix(".parquet").stat().st_mtime_ns for path in out.glob("shard-*.json")}
+    filesystem, path = out.filesystem
+    complete = sorted(name.removesuffix(".json") for name in shards(out) if name.endswith(".json"))
+    return {name: filesystem.get_file_info(f"{path}/{name}.parquet").mtime_ns for name in complete}
 
 
-def test_whoever_is_killed_every_image_is_there_once(devkit: Path, tmp_path: Path) -> None:
-    rng, out = random.Random(SEED), tmp_path / "out"
-    assert start(devkit, tmp_path / "undisturbed", 1).wait(600) == 0
-    expected = content(tmp_path / "undisturbed")
+def test_whoever_is_killed_every_image_is_there_once(disk: Site, site: Site) -> None:
+    rng, undisturbed, out = random.Random(SEED), disk.root / "undisturbed", site.root / "out"
+    assert disk.start(undisturbed).wait() == 0
+    expected = content(undisturbed)
     killed: list[str] = []
     redone, finished = 0, {}
     while len(killed) < NUM_KILLS:
-        shutil.rmtree(out, ignore_errors=True)  # from the start again: there are more kills than one run has room for
-        out.mkdir()
+        out.delete_folder()  # from the start again: there are more kills than one run has room for
         redone, finished = redone + 1, {}
         while True:
-            process = start(devkit, out, 1)
+            process = site.start(out)
             killed += kill_at_random(process, out, rng, NUM_KILLS - len(killed))
-            if process.wait(600) == 0:
+            if process.wait() == 0:
                 break
+            assert process.returncode == -signal.SIGKILL, (site.folder / "out.log").read_text()  # not over a worker
             assert {name: time for name, time in times(out).items() if name in finished} == finished
             finished = times(out)
         assert content(out) == expected
@@ -99,14 +141,14 @@ def test_whoever_is_killed_every_image_is_there_once(devkit: Path, tmp_path: Pat
     assert len(set(dataset.image_ids)) == len(dataset) == NUM_IMAGES
 
 
-def kill_at_random(process: subprocess.Popen[str], out: Path, rng: random.Random, at_most: int) -> list[str]:
+def kill_at_random(process: subprocess.Popen[str], out: StoragePath, rng: random.Random, at_most: int) -> list[str]:
     """Kill somebody after each of a few steps forward, until the driver is dead or done; who was killed."""
-    killed, driver = [], psutil.Process(process.pid)
-    while len(killed) < at_most and wait_for_progress(process, out, len(list(out.glob("shard-*"))) + rng.randrange(3)):
+    killed = []
+    while len(killed) < at_most and wait_for_progress(process, out, len(shards(out)) + rng.randrange(3)):
         time.sleep(rng.uniform(0, 0.3))  # somewhere in the work on a shard
         try:
-            kind, victim = rng.choice(sorted(victims(driver).items(), key=lambda each: each[0]))
-            victim.kill()
+            kind, processes = rng.choice(sorted(victims(process).items(), key=lambda each: each[0]))
+            rng.choice(processes).kill()
         except psutil.Error:
             continue  # it had ended
         killed.append(kind)

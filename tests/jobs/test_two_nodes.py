@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -21,6 +20,7 @@ from ray.cluster_utils import Cluster
 from instseg.models.checkpoint import find_checkpoint
 from instseg.storage import StoragePath
 from tests.jobs import all_workflows
+from tests.jobs.nodes import LOOPBACK, two_nodes
 from tests.s3 import S3
 
 psutil = import_module("psutil", ray.__name__)  # Ray brings it along, and makes it importable
@@ -29,7 +29,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN = str(REPOSITORY / "workflows" / "train.py")
 # Ray Train asks for the workers that there were, and for what is left of them after this many seconds.
 ENVIRONMENT = {"PYTHONPATH": str(REPOSITORY), "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -43,24 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(folder: Path, s3: S3) -> Iterator[Cluster]:
-    """A head and a node of one CPU each, with working and temporary folders of their own."""
-    cluster, temporary = Cluster(), []
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in LOOPBACK.items():
-            patch.setenv(name, value)
-        patch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)
-        patch.setenv("PYTHONPATH", str(REPOSITORY))
-        for name in ("head", "node"):
-            temporary.append(tempfile.TemporaryDirectory(prefix=name, dir="/tmp"))  # short, for the sockets in it
-            (Path(temporary[-1].name) / "ray").mkdir()
-            patch.chdir(folder / name)
-            patch.setenv("TMPDIR", temporary[-1].name)
-            patch.setattr(tempfile, "tempdir", None)
-            cluster.add_node(num_cpus=1, include_dashboard=False, temp_dir=f"{temporary[-1].name}/ray")
-    yield cluster
-    cluster.shutdown()
-    for each in temporary:
-        each.cleanup()
+    with two_nodes(folder) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
