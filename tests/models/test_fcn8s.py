@@ -161,15 +161,16 @@ def test_stages_and_what_is_new_are_told_apart(network: FCN8s) -> None:
 
 
 def test_gradient_reaches_the_first_convolution(network: FCN8s) -> None:
-    for score in (network.score_fr, network.score_pool4, network.score_pool3):
-        nn.init.normal_(score.weight, std=0.01)
+    scores = [network.get_parameter(f"score_{name}.weight") for name in ("fr", "pool4", "pool3")]
+    for weight in scores:
+        nn.init.normal_(weight, std=0.01)
     network(torch.randn(1, 3, 20, 20)).square().mean().backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
     network.zero_grad(set_to_none=True)
-    for score in (network.score_fr, network.score_pool4, network.score_pool3):
-        nn.init.zeros_(score.weight)
+    for weight in scores:
+        nn.init.zeros_(weight)
 
 
 def test_fully_connected_layers_become_convolutions(network: FCN8s, tmp_path: Path) -> None:

@@ -187,10 +187,10 @@ def test_a_view_depends_on_its_arguments_alone() -> None:
     for state in (1, 2):
         torch.manual_seed(state)
         np.random.seed(state)
-        before = torch.get_rng_state(), np.random.get_state()[1].copy()
+        before = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].copy()
         views.append(augment(scene(), ALL, 5))
         assert torch.equal(torch.get_rng_state(), before[0])
-        np.testing.assert_array_equal(np.random.get_state()[1], before[1])
+        np.testing.assert_array_equal(np.random.get_state(legacy=False)["state"]["key"], before[1])
     assert_same(*views)
     assert len({augment(scene(), ALL, seed).image.tobytes() for seed in range(20)}) == 20
 
@@ -246,7 +246,8 @@ def test_a_box_on_the_border_stays_inside_at_every_scale() -> None:
     sample = Sample("x", scene().image, one)
     for factor in np.linspace(0.02, 3, 60):
         scaled = scale(sample, factor)
-        scaled.detections.check_image(*scaled.image.shape[:2], LABELS)
+        height, width = scaled.image.shape[:2]
+        scaled.detections.check_image(height, width, LABELS)
 
 
 @pytest.mark.parametrize("values", [(0.0, 1.0), (2.0, 1.0), (-1.0, 1.0), (1.0,), (1.0, float("nan"))])
