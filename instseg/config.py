@@ -15,6 +15,7 @@ ValidityUnary = Literal["logit", "linear"]
 Background = Literal["rescored", "literal"]
 Score = Literal["validity", "mask"]
 InstanceLoss = Literal["iou", "log"]
+TrainThrough = Literal["network", "semantic_crf", "instance_crf"]
 MatchingRule = Literal["sds", "authors", "voc07"]
 Device = Literal["auto", "cpu", "gpu"]
 DataSetName = Literal["voc", "sbd", "coco-train2014", "coco-val2014", "coco-train2017", "coco-val2017"]
@@ -265,18 +266,34 @@ class TrainConfig(_Checked):
     out: str  # run directory: checkpoints, logs; a second run with the same directory resumes
     model: ModelConfig = field(default_factory=ModelConfig)
     ablation: Ablation = FULL
+    # How far an image goes before it meets the ground truth, and what is trained with it: the semantic network on its
+    # own logits (the paper's first stage), on the marginals of the CRF behind it (its second), or all of Figure 2.
+    train_through: TrainThrough = "instance_crf"
+    # A checkpoint or run directory. Tensors that it has, those of the CRFs included, replace the initial ones by name.
+    start_from: str | None = None
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     num_epochs: int = 1
     num_head_epochs: int = 0  # the first of them, or all if they are fewer, train the detection head alone and are fast
-    # The batch: each takes one image a step. "2:8" means as many as there is room for, from 2 to 8, which may change
-    # when workers are lost or nodes join; each change starts again from the latest checkpoint.
+    # A step takes num_workers * images_per_worker * accumulate images, of which the losses are averaged. "2:8" workers
+    # are as many as there is room for, from 2 to 8, which may change when workers are lost or nodes join; each change
+    # starts again from the latest checkpoint.
     num_workers: int | str = 2
+    images_per_worker: int = 1  # at once; those of one size, as crops are, pass the semantic network together
+    accumulate: int = 1  # as many times, one after the other, for less memory
     device: Device = "auto"  # "gpu": a GPU for each worker; "auto": that if there are enough, else CPUs, and says so
     cpus_per_worker: int = 1
-    learning_rate_crf: float = 0.05  # Adam, weights of kernels and detections
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the semantic network, on GPUs; all else is float32
+    optimizer: Literal["adam", "sgd"] = "adam"
+    momentum: float = 0.99  # of "sgd"
+    weight_decay: float = 0.0  # of the semantic network's weights, not of its biases; with "adam" decoupled (AdamW)
+    learning_rate_crf: float = 0.05  # weights of kernels and detections
     learning_rate_compatibility: float = 0.005  # a tenth of the weights', as in CRF-as-RNN
-    learning_rate_network: float = 1e-5  # semantic network, where it is trained
+    # Semantic network, where it is trained; 0 freezes it. With "sgd" its biases have twice the rate, as published.
+    learning_rate_network: float = 1e-5
+    learning_rate_new: float | None = None  # those of its layers that no ImageNet weights are for; default: the same
     learning_rate_head: float = 1.5e-3  # detection head
+    frozen_stages: int = 0  # the first of VGG-16's five stages of convolutions, which stay as they are
     # "cosine" falls to 0 at the last step of `num_epochs`, which therefore stays the same when a run is continued.
     learning_rate_schedule: Literal["cosine", "constant"] = "cosine"
     semantic_loss_weight: float = 0.1
@@ -286,6 +303,7 @@ class TrainConfig(_Checked):
     seed: int = 0
     # Worker failures that a run survives, each from its latest checkpoint; nodes that were reclaimed do not count.
     max_failures: int = 2
+    checkpoint_every: int | None = None  # steps, besides the end of each epoch
     keep_checkpoints: int = 3  # the latest ones; with FCN-8s each takes 1.6 GB
     held_out: int | None = None  # the fold, from 0, that is not trained on; default: all images are trained on
     num_folds: int = 5  # into which the images are split where one is held out
@@ -293,13 +311,15 @@ class TrainConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("cpus_per_worker", "num_epochs", "keep_checkpoints"):
+        for name in ("cpus_per_worker", "num_epochs", "keep_checkpoints", "images_per_worker", "accumulate"):
             positive(name, getattr(self, name))
+        if self.checkpoint_every is not None:
+            positive("checkpoint_every", self.checkpoint_every)
         fewest, most = self.worker_range
         require(0 < fewest <= most, "num_workers", "1 or more, as in 4 or 2:8", self.num_workers)
         unit_interval("probability_floor", self.probability_floor)
-        heads = 0 if self.model.detection_head else self.num_head_epochs
-        require(heads == 0, "num_head_epochs", "0 without model.detection_head", self.num_head_epochs)
+        require(0 <= self.momentum < 1, "momentum", "a value in [0, 1)", self.momentum)
+        self._check_model()
         if self.held_out is not None:
             require(0 <= self.held_out < self.num_folds, "held_out", f"0 to {self.num_folds - 1}", self.held_out)
         for name in (
@@ -307,10 +327,25 @@ class TrainConfig(_Checked):
             "learning_rate_compatibility",
             "learning_rate_network",
             "learning_rate_head",
+            "weight_decay",
             "num_head_epochs",
             "max_failures",
         ):
             non_negative(name, getattr(self, name))
+        if self.learning_rate_new is not None:
+            non_negative("learning_rate_new", self.learning_rate_new)
+
+    def _check_model(self) -> None:
+        """What is asked of parts that the model has not, or that are not trained."""
+        model, through = self.model, self.train_through
+        heads = 0 if model.detection_head and through != "network" else self.num_head_epochs
+        why = 'model.detection_head and train_through "semantic_crf" or "instance_crf"'
+        require(heads == 0, "num_head_epochs", f"0 without {why}", self.num_head_epochs)
+        needs_network = through == "network" and model.semantic == "logits"
+        require(not needs_network, "train_through", 'no "network" without model.semantic', "one of logits")
+        stages = 5 if model.semantic == "fcn8s" else 0
+        expected = f"0 to {stages} with model.semantic {model.semantic!r}"
+        require(0 <= self.frozen_stages <= stages, "frozen_stages", expected, self.frozen_stages)
 
     @property
     def worker_range(self) -> tuple[int, int]:
