@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from instseg import recipes
 from instseg.config import AblateConfig, DemoConfig, PrepareConfig, TrackingConfig
 from instseg.data.synthetic import write_synthetic_devkit
 from instseg.jobs.ablate import ablate
 from instseg.jobs.prepare import prepare
 from instseg.jobs.train import train
-from instseg.recipes import synthetic
 from instseg.storage import StoragePath
 
 
@@ -30,6 +30,6 @@ def demo(config: DemoConfig) -> None:
             devkit=str(devkit), split=split, detections=f"{devkit}/detections.json", out=str(out / split)
         )
         prepare(replace(inputs, logits=f"{devkit}/logits", classes=f"{devkit}/classes.txt"))
-    run = replace(synthetic(str(out / "train"), str(out / "run")), tracking=tracking)
+    run = replace(recipes.demo(str(out / "train"), str(out / "run")), tracking=tracking)
     train(run)
     ablate(AblateConfig(str(out / "val"), str(out / "report"), checkpoint=run.out, tracking=tracking))

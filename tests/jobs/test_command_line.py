@@ -103,10 +103,10 @@ def test_out_must_be_a_folder(command: Command, tiny_data: Path, tmp_path: Path,
 def test_a_recipe_sets_the_defaults(command: Command, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     taken = []
     monkeypatch.setattr(import_module(f"instseg.jobs.{name}"), name, taken.append)
-    monkeypatch.setattr("sys.argv", [name, "--recipe", "voc_fcn8s", "--data", "d", "--out", "o", "--device", "cpu"])
+    monkeypatch.setattr("sys.argv", [name, "--recipe", "small_stage1", "--data", "d", "--out", "o", "--device", "cpu"])
     getattr(command_line, name)()
-    assert (taken[0].model.semantic, taken[0].num_epochs, taken[0].device) == ("fcn8s", 30, "cpu")
-    assert "did you mean 'voc_fcn8s'" in command(name, "--recipe", "voc_fcn8", "--data", "d", "--out", "o")[1]
+    assert (taken[0].model.semantic, taken[0].num_epochs, taken[0].device) == ("fcn8s", 10, "cpu")
+    assert "did you mean 'small_stage1'" in command(name, "--recipe", "small_stage", "--data", "d", "--out", "o")[1]
 
 
 @pytest.fixture

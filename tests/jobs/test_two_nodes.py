@@ -147,7 +147,7 @@ def stored_data(s3: S3, tiny_data: Path) -> StoragePath:
 
 def test_a_local_path_is_refused(cluster: Cluster, folder: Path, stored_data: StoragePath) -> None:
     out = str(folder / "local")
-    status, _, said = run(cluster, folder, TRAIN, f"--data={stored_data}", f"--out={out}", "--recipe=synthetic")
+    status, _, said = run(cluster, folder, TRAIN, f"--data={stored_data}", f"--out={out}", "--recipe=demo")
     assert status == 2
     assert f"error: out {out}: is a path of this machine, and the cluster has 2 nodes; use a URI that every" in said
     assert not Path(out).exists()
@@ -169,7 +169,7 @@ def test_a_training_goes_on_with_fewer_workers_when_a_node_is_lost(
 
     monkeypatch.setattr(s3, "hook", lose_node)
     out = stored_data.parent / "fewer"
-    options = [f"--data={stored_data}", f"--out={out}", "--recipe=synthetic", "--num-epochs=3", "--num-workers=1:2"]
+    options = [f"--data={stored_data}", f"--out={out}", "--recipe=demo", "--num-epochs=3", "--num-workers=1:2"]
     status, printed, said = run(cluster, folder, TRAIN, *options, "--tracking.uri=sqlite:///fewer.db")
     assert status == 0, said
     assert lost.is_set()
