@@ -98,7 +98,7 @@ def _gpu_wait(dataset: PreparedDataset) -> float:
     """Percentage of the steps' time that a worker waits for data, if each step takes GPU_STEP_S elsewhere."""
     order = list(range(len(dataset))) * 6
     waited, start = 0.0, time.perf_counter()
-    samples, asked = read_ahead(dataset, order), time.perf_counter()
+    samples, asked = read_ahead(dataset.__getitem__, order), time.perf_counter()
     for _ in samples:
         waited += time.perf_counter() - asked
         time.sleep(GPU_STEP_S)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
@@ -152,15 +152,15 @@ class PreparedDataset:
         return ValueError(f"data directory {self.root}: shard {file} is damaged: {reason}; {_ADVICE}")
 
 
-def read_ahead(dataset: PreparedDataset, indices: Sequence[int], num_ahead: int = 8) -> Generator[Sample]:
-    """The samples at `indices`, in their order, of which the next `num_ahead` are read while one is worked on."""
+def read_ahead(read: Callable[[int], Sample], indices: Sequence[int], num_ahead: int = 8) -> Generator[Sample]:
+    """What `read` makes of `indices`, in their order; the next `num_ahead` are read while one is worked on."""
     ahead = deque[Future[Sample]]()
     with ThreadPoolExecutor(_NUM_READERS) as pool:
-        ahead.extend(pool.submit(dataset.__getitem__, index) for index in indices[:num_ahead])
+        ahead.extend(pool.submit(read, index) for index in indices[:num_ahead])
         left = iter(indices[num_ahead:])
         while ahead:
             sample = ahead.popleft().result()
-            ahead.extend(pool.submit(dataset.__getitem__, index) for index in islice(left, 1))
+            ahead.extend(pool.submit(read, index) for index in islice(left, 1))
             yield sample
 
 

@@ -18,8 +18,7 @@ from instseg.jobs.evaluate import running_evaluators
 from instseg.jobs.roots import check_inputs, check_nodes, check_out
 from instseg.jobs.tracking import SPOOL, Tracker, how_to_open
 from instseg.jobs.train import train
-from instseg.jobs.train_checks import check_data, check_model, check_same_settings
-from instseg.jobs.train_loop import training_settings
+from instseg.jobs.train_checks import check_data, check_model, check_same_settings, training_settings
 from instseg.report.ablation import AblationRow, rows_of
 from instseg.report.provenance import provenance
 from instseg.report.tables import Evaluation, write_report

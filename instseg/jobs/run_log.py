@@ -79,35 +79,42 @@ class EpochLog:
         epoch: From 0.
         num_epochs: Of the run.
         num_steps: Of an epoch.
-        num_workers: Images a step.
+        batch_size: Images a step.
+        first: Steps of the epoch that were taken before, by a run that is continued.
     """
 
-    def __init__(self, log: RunLog, epoch: int, num_epochs: int, num_steps: int, num_workers: int) -> None:
+    def __init__(
+        self, log: RunLog, epoch: int, num_epochs: int, num_steps: int, batch_size: int, first: int = 0
+    ) -> None:
         self.log = log
         self.epoch = epoch
         self.num_epochs = num_epochs
         self.num_steps = num_steps
-        self.num_workers = num_workers
+        self.batch_size = batch_size
+        self.first = first
+        self.num_done = 0
         self.sums: dict[str, float] = {}
         self.wait_ms = 0.0
         self.start = self.last = time.monotonic()
 
-    def add(self, index: int, losses: Mapping[str, float], wait_ms: float) -> None:
-        """Take in the losses of step `index`, and how long it waited for its image."""
+    def add(self, losses: Mapping[str, float], wait_ms: float) -> None:
+        """Take in the losses of the next step, and how long it waited for its images."""
+        self.num_done += 1
         self.sums = {name: self.sums.get(name, 0.0) + loss for name, loss in losses.items()}
         self.wait_ms += wait_ms
         now = time.monotonic()
         if now - self.last > _LINE_EVERY_S:
             self.last = now
-            self.log.line_soon(self._line(index + 1, now - self.start))
+            self.log.line_soon(self._line(now - self.start))
 
-    def _line(self, num_done: int, seconds: float) -> str:
-        means = {name: total / num_done for name, total in self.sums.items()}
-        num_left = (self.num_epochs - self.epoch) * self.num_steps - num_done
+    def _line(self, seconds: float) -> str:
+        means = {name: total / self.num_done for name, total in self.sums.items()}
+        step = self.first + self.num_done
+        num_left = (self.num_epochs - self.epoch) * self.num_steps - step
         return (
-            f"epoch {self.epoch + 1}/{self.num_epochs}, step {num_done}/{self.num_steps}: {in_words(means)}, "
-            f"{num_done * self.num_workers / seconds:.2f} images/s, data wait {self.wait_ms / seconds / 10:.1f} %, "
-            f"about {num_left * seconds / num_done / 60:.0f} min left"
+            f"epoch {self.epoch + 1}/{self.num_epochs}, step {step}/{self.num_steps}: {in_words(means)}, "
+            f"{self.num_done * self.batch_size / seconds:.2f} images/s, data wait {self.wait_ms / seconds / 10:.1f} %, "
+            f"about {num_left * seconds / self.num_done / 60:.0f} min left"
         )
 
 

@@ -15,9 +15,8 @@ from instseg.jobs.cluster import cluster, cluster_nodes
 from instseg.jobs.devices import describe, training_device
 from instseg.jobs.roots import check_inputs, check_nodes, check_out
 from instseg.jobs.tracking import SPOOL, Tracker
-from instseg.jobs.train_checks import check_data, check_model, check_same_run
-from instseg.jobs.train_fit import fit, log_epoch
-from instseg.jobs.train_loop import training_settings
+from instseg.jobs.train_checks import check_data, check_model, check_same_run, check_start, training_settings
+from instseg.jobs.train_fit import fit, log_record
 from instseg.models.checkpoint import CONFIG, FOLDER, MODEL, Checkpoint, find_checkpoint, latest_checkpoint
 from instseg.models.semantic import weights_file
 from instseg.storage import StoragePath
@@ -25,6 +24,8 @@ from instseg.storage import StoragePath
 
 def train(config: TrainConfig, parent: Tracker | None = None) -> StoragePath:
     """Train to `num_epochs`, continuing from the run directory's latest checkpoint; do nothing if that is there.
+
+    Only without one does the run begin with `start_from`.
 
     Uses the Ray cluster that this process is connected to, or the one at RAY_ADDRESS, or starts one on this machine
     for the time of the run.
@@ -37,11 +38,12 @@ def train(config: TrainConfig, parent: Tracker | None = None) -> StoragePath:
         The folder of the latest checkpoint.
 
     Raises:
-        FileNotFoundError: If the data directory is missing or not prepared.
+        FileNotFoundError: If the data directory is missing or not prepared, or the checkpoint to start from is.
         ValueError: If the data lacks what the configuration needs, the run directory holds another run, or the
             cluster has less than the workers need.
         OSError: If a checkpoint cannot be written.
-        FloatingPointError: If the loss is not finite.
+        FloatingPointError: If a loss or the gradient is not finite; names the images, and the folder with the state
+            before that step.
         JobError: If Ray does not start, or workers were killed more than `max_failures` times.
         ray.train.TrainingFailedError: If workers failed as often for another reason.
     """
@@ -53,6 +55,8 @@ def train(config: TrainConfig, parent: Tracker | None = None) -> StoragePath:
     check_model(config.model, dataset.num_labels)
     config = _with_absolute_paths(config)
     checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        config = check_start(config, dataset)
     settings = training_settings(config, dataset)
     if checkpoint is not None:
         check_same_run(checkpoint, settings)
@@ -82,22 +86,29 @@ def _continue(
 ) -> None:
     with cluster():
         places = {"data": StoragePath.of(config.data), "out": StoragePath.of(config.out)}
+        if checkpoint is None and config.start_from is not None:
+            places["start_from"] = StoragePath.of(config.start_from)
         weights = weights_file(config.model.semantic_weights)
         check_nodes(**places, model_semantic_weights=weights)
         config = _with_device(config)
-        epoch = checkpoint.state["epoch"] if checkpoint else 0
+        state = checkpoint.state if checkpoint else {"epoch": 0}
+        after = f" (from its image {images + 1} on)" if (images := state.get("images")) else ""
         print(
-            f"training on {len(dataset)} images, epochs {epoch + 1} to {config.num_epochs}, "
+            f"training on {len(dataset)} images, epochs {state['epoch'] + 1}{after} to {config.num_epochs}, "
             f"{config.num_workers} workers on {config.device.upper()}s: {config.out}",
             flush=True,
         )
         settings = training_settings(config, dataset)  # now that the device is known
         with _recorded(config, settings, checkpoint, parent) as tracker:
-            fit(config, settings, tracker, epoch)
+            fit(config, settings, tracker, state.get("step", 0))
 
 
 def _with_device(config: TrainConfig) -> TrainConfig:
-    """Decide what "auto" means in this cluster, and say so where that leaves a GPU without work."""
+    """Decide what "auto" means in this cluster, and say so where that leaves a GPU without work.
+
+    Raises:
+        ValueError: If the cluster has less than the workers need, or is to compute on CPUs in less than float32.
+    """
     nodes = cluster_nodes()
     num_workers, _ = config.worker_range
     device = training_device(config.device, num_workers, config.cpus_per_worker, nodes)
@@ -110,6 +121,8 @@ def _with_device(config: TrainConfig) -> TrainConfig:
             file=sys.stderr,
             flush=True,
         )
+    if device == "cpu" and config.precision != "float32":
+        raise ValueError(f"precision: expected float32, as training is on CPUs, got {config.precision}")
     return replace(config, device=device)
 
 
@@ -132,4 +145,4 @@ def _recorded(
 
 def _log_records(tracker: Tracker, checkpoint: Checkpoint | None) -> None:
     for record in checkpoint.state.get("records", []) if checkpoint else []:
-        log_epoch(tracker, record)
+        log_record(tracker, record)

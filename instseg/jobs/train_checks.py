@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from instseg.config import ModelConfig, TrainConfig
 from instseg.data.dataset import PreparedDataset
-from instseg.models.checkpoint import Checkpoint, check_classes
+from instseg.models.checkpoint import Checkpoint, check_classes, find_checkpoint
 from instseg.models.network import InstanceNetwork
 from instseg.models.semantic import LOGITS, weights_file
+from instseg.models.weights import load_weights
+from instseg.report.provenance import origin
 from instseg.storage import StoragePath
 
 # What may differ between a run and its continuation: where things are, and how long and how safely to go on.
@@ -20,12 +22,30 @@ _FREE = {
     "out",
     "data",
     "semantic_weights",
+    "start_from",
     "cpus_per_worker",
     "device",
     "max_failures",
+    "checkpoint_every",
     "keep_checkpoints",
     "provenance",
 }
+
+
+# What an option is where an earlier version, which did not have it, recorded none.
+_DEFAULT = {"model": asdict(ModelConfig()), "train": asdict(TrainConfig("", ""))}
+
+
+def training_settings(config: TrainConfig, dataset: PreparedDataset) -> dict[str, Any]:
+    """What a checkpoint records of its origin, as JSON values."""
+    return {
+        "model": asdict(config.model),
+        "num_labels": dataset.num_labels,
+        "classes": list(dataset.classes),
+        "data_digest": dataset.digest,
+        "train": {name: value for name, value in asdict(config).items() if name not in ("model", "tracking")},
+        "provenance": origin(),
+    }
 
 
 def check_data(config: TrainConfig, dataset: PreparedDataset) -> None:
@@ -54,6 +74,38 @@ def check_model(config: ModelConfig, num_labels: int) -> None:
         raise FileNotFoundError(f"model.semantic_weights: no file {weights}")
 
 
+def check_start(config: TrainConfig, dataset: PreparedDataset) -> TrainConfig:
+    """Check that the network can start from `config.start_from`.
+
+    Returns:
+        The run, with the checkpoint in place of a run directory, whose latest may be another one later.
+
+    Raises:
+        FileNotFoundError: If there is no complete checkpoint.
+        ValueError: If it is damaged, or has other classes, or tensors that the network does not have.
+    """
+    if config.start_from is None:
+        return config
+    checkpoint = find_checkpoint(config.start_from)
+    check_classes(checkpoint, dataset.classes)
+    with torch.device("meta"):
+        network = InstanceNetwork(replace(config.model, semantic_weights=None), dataset.num_labels)
+    start_from(network, checkpoint)
+    return replace(config, start_from=str(checkpoint.folder))
+
+
+def start_from(network: InstanceNetwork, checkpoint: Checkpoint) -> None:
+    """Take over the tensors of a checkpoint, by name; what it lacks stays as it is.
+
+    Raises:
+        ValueError: If the network does not have one of them, or has it in another shape, naming the first few.
+    """
+    tensors = network.state_dict()
+    device = next(iter(tensors.values())).device
+    tensors |= {name: tensor.to(device) for name, tensor in checkpoint.model().items()}
+    load_weights(network, tensors, f"start_from: checkpoint {checkpoint.folder} does not fit this network")
+
+
 def check_same_run(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
     """Raise ValueError if a run with `settings` is not a continuation of the one that left the checkpoint."""
     check_classes(checkpoint, settings["classes"])
@@ -79,9 +131,9 @@ def check_same_settings(
             "--data that it was trained on to continue, or another --out"
         )
     free = _FREE | free | {"data_digest"}
-    before, now = _leaves(before, free), _leaves(now, free)
+    before, now, default = (_leaves(each, free) for each in (before, now, _DEFAULT))
     for name in now | before:
-        old, new = before.get(name), now.get(name)
+        old, new = before.get(name, default.get(name)), now.get(name)
         if old != new:
             why = "; the learning rate falls to 0 at the last of them" if name == "train.num_epochs" else ""
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Ray Train's part of a training: workers, their failures, and what they report of each epoch."""
+"""Ray Train's part of a training: workers, their failures, and what they report at each checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from instseg.config import TrainConfig
 from instseg.jobs.cluster import JobError
 from instseg.jobs.run_log import RunLog, in_words, shown
 from instseg.jobs.tracking import Tracker
-from instseg.jobs.train_loop import Loop, train_loop
+from instseg.jobs.train_loop import train_loop
+from instseg.jobs.train_report import raise_failed_step
+from instseg.jobs.train_worker import Loop
 from instseg.models.checkpoint import FOLDER
 from instseg.storage import StoragePath
 
@@ -25,17 +27,18 @@ from instseg.storage import StoragePath
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
-def fit(config: TrainConfig, settings: dict[str, Any], tracker: Tracker, epoch: int) -> None:
-    """Train in workers of the running cluster, on `config.device`; print their log, record each epoch after `epoch`.
+def fit(config: TrainConfig, settings: dict[str, Any], tracker: Tracker, step: int) -> None:
+    """Train in workers of the running cluster, on `config.device`; print their log, record the steps after `step`.
 
     Args:
         config: The run, paths absolute.
         settings: `training_settings`, for the checkpoints.
         tracker: Of the MLflow run.
-        epoch: The latest that is recorded there.
+        step: The latest that is recorded there.
 
     Raises:
-        ValueError, OSError, FloatingPointError: As the worker did.
+        ValueError, OSError: As the worker did.
+        FloatingPointError: If a loss or the gradient was not finite.
         JobError: If a worker's process died.
         KeyboardInterrupt: On Ctrl-C.
         ray.train.TrainingFailedError: With the worker's traceback, whatever else it was.
@@ -60,18 +63,21 @@ def fit(config: TrainConfig, settings: dict[str, Any], tracker: Tracker, epoch: 
                     storage_filesystem=filesystem,
                     # Workers of nodes that were reclaimed are replaced without limit, and count as no failures.
                     failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-                    callbacks=[_Report(tracker, log, config.num_epochs, epoch)],
+                    callbacks=[_Report(tracker, log, config.num_epochs, step)],
                 ),
             ).fit()
     except ray.train.TrainingFailedError as error:
         raise _reason(error) from error
+    raise_failed_step(run)
 
 
-def log_epoch(tracker: Tracker, record: dict[str, Any]) -> None:
-    """Log what `train_loop` recorded of an epoch. Once more changes nothing."""
-    epoch = {f"epoch_{name}": loss for name, loss in record["losses"].items()}
-    epoch["images_per_second"] = record["images_per_second"]
-    tracker.log_points([*record["points"], (record["step"], epoch)], record["time_ms"])
+def log_record(tracker: Tracker, record: dict[str, Any]) -> None:
+    """Log what `train_loop` recorded of the steps before a checkpoint. Once more changes nothing."""
+    points = record["points"]
+    if "losses" in record:  # the end of an epoch
+        epoch = {f"epoch_{name}": loss for name, loss in record["losses"].items()}
+        points = [*points, (record["step"], epoch | {"images_per_second": record["images_per_second"]})]
+    tracker.log_points(points, record["time_ms"])
 
 
 @contextmanager
@@ -94,7 +100,7 @@ def _reason(failed: ray.train.TrainingFailedError) -> Exception:
     errors: list[Exception] = list(getattr(failed, "worker_failures", {}).values())
     errors = errors or [getattr(failed, "controller_failure", failed)]
     for error in errors:
-        if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        if isinstance(error, (ValueError, OSError)):
             return error
     if all(type(error).__module__.startswith("ray.") for error in errors):
         return JobError(f"training failed: {_last_line(errors[0])}")
@@ -106,27 +112,28 @@ def _last_line(error: Exception) -> str:
 
 
 class _Report(ray.train.UserCallback):
-    """Records each epoch. It lives in Ray Train's controller, a process on the driver's machine."""
+    """Records the steps. It lives in Ray Train's controller, a process on the driver's machine."""
 
-    def __init__(self, tracker: Tracker, log: RunLog, num_epochs: int, epoch: int) -> None:
+    def __init__(self, tracker: Tracker, log: RunLog, num_epochs: int, step: int) -> None:
         self.tracker = tracker
         self.log = log
         self.num_epochs = num_epochs
-        self.epoch = epoch  # the latest that is recorded
+        self.step = step  # the latest that is recorded
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Every worker reports the same; workers that died between saving and reporting left an epoch to the next."""
+        """Every worker reports the same; workers that died between saving and reporting left a record to the next."""
         for record in metrics[0]["records"]:
-            if record["epoch"] > self.epoch:
-                self.epoch = record["epoch"]
+            if record["step"] > self.step:
+                self.step = record["step"]
                 self._log(record)
 
     def _log(self, record: dict[str, Any]) -> None:
-        log_epoch(self.tracker, record)
-        self.log.line(
-            f"epoch {record['epoch']}/{self.num_epochs} done, step {record['step']}: {in_words(record['losses'])}, "
-            f"{record['images_per_second']:.2f} images/s, data wait {record['data_wait_ms']:.1f} ms a step"
-        )
+        log_record(self.tracker, record)
+        if "losses" in record:
+            self.log.line(
+                f"epoch {record['epoch']}/{self.num_epochs} done, step {record['step']}: {in_words(record['losses'])}, "
+                f"{record['images_per_second']:.2f} images/s, data wait {record['data_wait_ms']:.1f} ms a step"
+            )
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Name the worker that failed; Ray Train restarts all of them from the latest checkpoint."""

@@ -46,7 +46,8 @@ class Checkpoint:
         folder: Where it lies.
         config: What the network was built from and trained with: at least "model" and "num_labels", and "classes"
             where it was trained on a prepared data set.
-        state: Counters of the training loop: at least "epoch", the number of finished epochs.
+        state: Counters of the training loop: at least "epoch", the number of finished epochs; in the middle of one
+            also "images", how many of them the next has taken.
     """
 
     folder: StoragePath
@@ -58,7 +59,7 @@ class Checkpoint:
         return _load(self.folder / MODEL)
 
     def optimizer(self) -> dict[str, Tensor]:
-        """Adam's moments and step counts, "<parameter>.<quantity>"."""
+        """The optimizer's moments and step counts, "<parameter>.<quantity>"."""
         return _load(self.folder / _OPTIMIZER)
 
 
@@ -156,9 +157,10 @@ def check_classes(checkpoint: Checkpoint, classes: Sequence[str]) -> None:
             )
 
 
-def epoch_folder(run: Place, epoch: int) -> StoragePath:
-    """Where the checkpoint after `epoch` epochs lies."""
-    return StoragePath.of(run) / FOLDER / f"{_EPOCH}{epoch:04d}"
+def epoch_folder(run: Place, epoch: int, images: int = 0) -> StoragePath:
+    """Where the checkpoint after `epoch` epochs and `images` images of the next one lies; names sort by time."""
+    name = f"{_EPOCH}{epoch:04d}"
+    return StoragePath.of(run) / FOLDER / (f"{name}_image_{images:07d}" if images else name)
 
 
 def _epochs(run: StoragePath) -> list[str]:

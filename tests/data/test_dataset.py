@@ -199,9 +199,9 @@ def test_the_digest_is_of_the_content(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_ahead", [1, 2, 9])
 def test_reading_ahead_keeps_the_order(root: Path, num_ahead: int) -> None:
     dataset, order = PreparedDataset(root), [2, 0, 3, 0, 1]
-    read = [sample.image_id for sample in read_ahead(dataset, order, num_ahead)]
+    read = [sample.image_id for sample in read_ahead(dataset.__getitem__, order, num_ahead)]
     assert read == [dataset.image_ids[index] for index in order]
-    assert list(read_ahead(dataset, [], num_ahead)) == []
+    assert list(read_ahead(dataset.__getitem__, [], num_ahead)) == []
 
 
 def test_samples_are_read_while_one_is_worked_on(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +215,7 @@ def test_samples_are_read_while_one_is_worked_on(root: Path, monkeypatch: pytest
         return index
 
     monkeypatch.setattr(PreparedDataset, "__getitem__", getitem)
-    samples = read_ahead(dataset, range(100), num_ahead=3)
+    samples = read_ahead(dataset.__getitem__, range(100), num_ahead=3)
     next(samples)
     assert enough.wait(60)
     assert sorted(read) == [0, 1, 2, 3]
@@ -223,7 +223,7 @@ def test_samples_are_read_while_one_is_worked_on(root: Path, monkeypatch: pytest
 
 
 def test_an_error_comes_where_its_sample_would(root: Path) -> None:
-    samples = read_ahead(PreparedDataset(root), [0, 99, 1])
+    samples = read_ahead(PreparedDataset(root).__getitem__, [0, 99, 1])
     assert next(samples).image_id == "scene_00000"
     with pytest.raises(IndexError):
         next(samples)

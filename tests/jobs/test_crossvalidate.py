@@ -21,7 +21,7 @@ from instseg.jobs.crossvalidate import crossvalidate
 from instseg.jobs.devices import EvaluatorPlan, Node
 from instseg.jobs.tracking import Tracker
 from instseg.jobs.train import train
-from instseg.jobs.train_loop import training_settings
+from instseg.jobs.train_checks import training_settings
 from instseg.models.checkpoint import epoch_folder, find_checkpoint, save_checkpoint
 from instseg.models.network import InstanceNetwork
 from instseg.report.ablation import ROWS

@@ -18,10 +18,10 @@ def test_a_line_every_ten_seconds_says_how_fast_and_how_long(monkeypatch: pytest
     """Four steps of four seconds by two workers in the second of three epochs of ten steps; 1 s of each was waiting."""
     now = [100.0]
     monkeypatch.setattr(run_log, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    log = EpochLog(cast(RunLog, SimpleNamespace(line_soon=lines.append)), 1, 3, num_steps=10, num_workers=2)
+    log = EpochLog(cast(RunLog, SimpleNamespace(line_soon=lines.append)), 1, 3, num_steps=10, batch_size=2)
     for index in range(4):
         now[0] += 4
-        log.add(index, {"semantic_loss": float(index), "instance_loss": 1.0}, wait_ms=1000.0)
+        log.add({"semantic_loss": float(index), "instance_loss": 1.0}, wait_ms=1000.0)
     expected = "epoch 2/3, step 3/10: semantic loss 1.0000, instance loss 1.0000, 0.50 images/s, data wait 25.0 %, "
     assert lines == [expected + "about 1 min left"]
 
