@@ -8,9 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -26,12 +26,18 @@ from instseg.data.dataset import PreparedDataset
 from instseg.data.files import read_json, sha256_of, write_json
 from instseg.data.schema import SCHEMA
 from instseg.jobs import train as driver
+from instseg.jobs import train_fit
 from instseg.jobs.devices import Node
 from instseg.jobs.train import train
 from instseg.jobs.train_checks import check_same_run
 from instseg.models.checkpoint import Checkpoint, epoch_folder, find_checkpoint, read_checkpoint
 from instseg.models.network import InstanceNetwork
+from instseg.storage import StoragePath
+from tests.conftest import REPOSITORY
+from tests.jobs import train_and_die
 from tests.jobs.conftest import NUM_IMAGES
+from tests.jobs.local_training import patch_ray
+from tests.jobs.train_and_die import KILL_DRIVER, KILL_WORKER
 
 psutil = import_module("psutil", ray.__name__)  # Ray brings it along, and makes it importable
 pytestmark = [
@@ -43,6 +49,7 @@ pytestmark = [
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 UNREACHABLE = TrackingConfig(uri="http://127.0.0.1:9")
 NUM_EPOCHS, STEPS_PER_EPOCH = 6, 4  # 7 images on 2 workers
+RATE = "learning_rate_crf"
 
 
 def make_config(data: Path, run: Path) -> TrainConfig:
@@ -51,7 +58,8 @@ def make_config(data: Path, run: Path) -> TrainConfig:
         data=str(data),
         out=str(run),
         num_epochs=NUM_EPOCHS,
-        keep_checkpoints=NUM_EPOCHS - 1,
+        checkpoint_every=STEPS_PER_EPOCH // 2,
+        keep_checkpoints=2 * NUM_EPOCHS - 3,
         semantic_loss_weight=1.0,  # so that both losses are what training lowers
         instance_loss="log",
         learning_rate_crf=0.01,
@@ -118,8 +126,8 @@ def test_mlflow_has_every_step(finished: TrainConfig) -> None:
     assert run.info.status == "FINISHED"
     assert run.data.params["train.num_epochs"] == str(NUM_EPOCHS)
     assert run.data.params["train.device"] == "cpu"
-    for name in ("epoch_instance_loss", "semantic_loss"):
-        assert steps_of(client, run, name) == [STEPS_PER_EPOCH * epoch for epoch in range(1, NUM_EPOCHS + 1)]
+    for name, every in (("epoch_instance_loss", 4), ("semantic_loss", 2), ("gradient_norm", 2), (RATE, 2)):
+        assert steps_of(client, run, name) == list(range(every, NUM_EPOCHS * STEPS_PER_EPOCH + 1, every)), name
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"model.safetensors", "config.json"}
 
 
@@ -139,8 +147,8 @@ def test_a_driver_killed_before_it_logged_is_made_up_for(finished: TrainConfig, 
     train(config)
     client, run = recorded(config)
     assert run.info.status == "FINISHED"
-    latest = [STEPS_PER_EPOCH * epoch for epoch in range(NUM_EPOCHS - 2, NUM_EPOCHS + 1)]
-    assert steps_of(client, run, "epoch_instance_loss") == steps_of(client, run, "semantic_loss") == latest
+    assert steps_of(client, run, "epoch_instance_loss") == [20, 24]
+    assert steps_of(client, run, "semantic_loss") == [20, 22, 24]
     _, original = recorded(finished)
     assert run.data.metrics == original.data.metrics
     assert not (tmp_path / "run" / "mlflow_spool.jsonl").exists()
@@ -152,10 +160,12 @@ def test_torn_checkpoint_and_no_mlflow_change_nothing(
     run = tmp_path / "run"
     shutil.copytree(finished.out, run)
     (run / "mlflow_spool.key").unlink()
-    for epoch in range(4, NUM_EPOCHS + 1):
-        epoch_folder(run, epoch).delete_folder()
+    checkpoints = StoragePath.of(run) / "checkpoints"
+    for name in checkpoints.folders():
+        if name > "epoch_0003":  # the one before is in the middle of an epoch
+            (checkpoints / name).delete_folder()
     (epoch_folder(run, 3) / "model.safetensors").publish(b"torn")
-    (epoch_folder(run, 4) / "model.safetensors").publish(b"of a writer that was killed")
+    (epoch_folder(run, 3, 4) / "model.safetensors").publish(b"of a writer that was killed")
     train(replace(finished, out=str(run), tracking=TrackingConfig(uri="http://127.0.0.1:9")))
     assert tensors_of(run) == tensors_of(Path(finished.out))
     assert sum("cannot be reached" in record.message for record in caplog.records) <= 1
@@ -164,13 +174,70 @@ def test_torn_checkpoint_and_no_mlflow_change_nothing(
     operations = [event["op"] for event in events]
     assert operations[0] == "start"
     assert operations[-1] == "finish"
-    # Epoch 2 was done before: its record comes from the checkpoint.
-    assert {event["step"] for event in events if event["op"] == "metrics"} >= {8, 12, 16, 20, 24}
+    # Steps 6 to 10 were done before: their records come from the checkpoint.
+    assert {event["step"] for event in events if event["op"] == "metrics"} == set(range(6, 25, 2))
 
     later = replace(finished, out=str(run), tracking=TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}"))
     train(later)  # nothing is left to do but to tell MLflow
     assert recorded(later)[1].info.status == "FINISHED"
     assert not (run / "mlflow_spool.jsonl").exists()
+
+
+def test_killed_in_the_middle_of_an_epoch_nothing_is_lost(
+    finished: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First a worker, then the driver, by SIGKILL; another driver goes on."""
+    run = tmp_path / "run"
+    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    config = replace(finished, out=str(run), tracking=tracking)
+    (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, train_and_die.__file__, str(run)]
+    died = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert died.returncode == -signal.SIGKILL, died.stderr[-3000:]
+    assert (tmp_path / "worker").exists()
+    monkeypatch.setattr(train_fit, "train_loop", train_and_die.watched_loop(tmp_path))
+    train(config)
+    assert tensors_of(run) == tensors_of(Path(finished.out))
+    client, record = recorded(config)  # of the one run that there is
+    assert record.info.status == "FINISHED"
+    _, original = recorded(finished)
+    for name in ("semantic_loss", "epoch_instance_loss"):
+        assert record.data.metrics[name] == original.data.metrics[name]
+    assert steps_of(client, record, "semantic_loss") == list(range(2, NUM_EPOCHS * STEPS_PER_EPOCH + 1, 2))
+    check_images(tmp_path, PreparedDataset(config.data).image_ids)
+
+
+def check_images(folder: Path, image_ids: Sequence[str]) -> None:
+    """Each of three attempts began with the step after a checkpoint; no image was skipped or repeated."""
+    taken: dict[int, list[str]] = {}
+    for rank in range(2):
+        lines = [json.loads(line) for line in (folder / f"steps_{rank}.jsonl").read_text().splitlines()]
+        attempts = [[step for pid, step, _ in lines if pid == each] for each in dict.fromkeys(pid for pid, *_ in lines)]
+        assert [steps[0] for steps in attempts] == [0, KILL_WORKER - 1, KILL_DRIVER - 1]
+        assert all(steps == list(range(steps[0], steps[-1] + 1)) for steps in attempts)
+        of_rank = {step: ids for _, step, ids in lines}
+        assert all(of_rank[step] == ids for _, step, ids in lines)
+        for step, ids in of_rank.items():
+            taken.setdefault(step, []).extend(ids)
+    assert sorted(taken) == list(range(NUM_EPOCHS * STEPS_PER_EPOCH))
+    for epoch in range(NUM_EPOCHS):
+        order = [image for step in range(STEPS_PER_EPOCH) for image in taken[epoch * STEPS_PER_EPOCH + step]]
+        assert sorted(order[:NUM_IMAGES]) == sorted(image_ids)
+
+
+@pytest.mark.parametrize("options", [{"images_per_worker": 2}, {"accumulate": 2}])
+def test_one_worker_with_the_images_of_two_is_the_same_training(
+    finished: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, int]
+) -> None:
+    local = patch_ray(monkeypatch)
+    local.run(replace(finished, num_workers=1, out=str(tmp_path / "run"), device="cpu", **options))
+    client, run = recorded(finished)
+    for name in ("semantic_loss", "instance_loss"):
+        history = client.get_metric_history(run.info.run_id, name)
+        curve = [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
+        assert len(curve) == NUM_EPOCHS * STEPS_PER_EPOCH // 2
+        assert local.curve(name) == pytest.approx(curve, abs=1e-5)
 
 
 def test_a_run_directory_belongs_to_one_configuration(finished: TrainConfig) -> None:
@@ -242,11 +309,19 @@ def test_a_gpu_is_never_left_idle_silently(
     assert ("warning: training on CPUs" in capsys.readouterr().err) == warns
 
 
+def test_cpus_compute_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "cluster_nodes", lambda: [Node(8, 1)])
+    config = TrainConfig("d", "o", num_workers=1, precision="bfloat16")
+    assert driver._with_device(config).device == "gpu"
+    with pytest.raises(ValueError, match="precision: expected float32, as training is on CPUs, got bfloat16"):
+        driver._with_device(replace(config, device="cpu"))
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_worker_that_cannot_write_says_so(tiny_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    (run / "checkpoints" / "epoch_0001").touch()  # a file where the folder belongs
+    (run / "checkpoints" / epoch_folder(run, 0, 2).name).touch()  # a file where the folder belongs
     config = replace(make_config(tiny_data, run), num_workers=1, max_failures=0, tracking=UNREACHABLE)
     with pytest.raises(OSError, match="checkpoints") as raised:
         train(config)
