@@ -239,6 +239,7 @@ class TrackingConfig(_Checked):
 
     uri: str | None = None  # default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current directory
     experiment: str = "instseg"
+    registered_model: str = "instseg"  # each trained network becomes a version of it
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,17 @@ def read_logits(folder: Place, image_id: str, num_labels: int) -> np.ndarray:
         CorruptItemError: If the file is missing or damaged, L is not `num_labels`, or a value is not finite.
     """
     path = StoragePath.of(folder) / f"{image_id}.npz"
-    with blame(image_id, f"{path.parent.name}/{path.name}"), zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
+    with blame(image_id, f"{path.parent.name}/{path.name}"):
+        return parse_logits(path.read_bytes(), num_labels)
+
+
+def parse_logits(content: bytes, num_labels: int) -> np.ndarray:
+    """The array `logits` (L, h, w) of an .npz file, as float16.
+
+    Raises:
+        ValueError, zipfile.BadZipFile, EOFError: If it is damaged, L is not `num_labels`, or a value is not finite.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
         if "logits.npy" not in archive.namelist():
             raise ValueError("expected an array named 'logits' in it")
         with archive.open("logits.npy") as file:

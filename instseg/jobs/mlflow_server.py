@@ -1,4 +1,4 @@
-"""The connection to an MLflow server that may fail at any time; the only module that imports MLflow."""
+"""The connection to an MLflow server that may fail at any time."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from instseg.config import TrackingConfig
+from instseg.jobs.mlflow_events import log_image, log_input
+from instseg.jobs.mlflow_model import log_model
 from instseg.storage import StoragePath
 
 RUN_KEY = "instseg.run_key"  # the tag by which a run is found again
@@ -82,6 +84,13 @@ class Server:
                     self._log_metrics(event)
                 case "artifact":
                     self._log_artifact(event)
+                case "input":
+                    log_input(self._client, self._run_id(event["key"]), event)
+                case "image":
+                    log_image(self._client, self._run_id(event["key"]), event)
+                case "model":
+                    place, run_id = StoragePath.of(event["path"]), self._run_id(event["key"])
+                    log_model(self._client, self._experiment_id, run_id, place, event["registered"])
                 case "finish":
                     self._client.set_terminated(self._run_id(event["key"]), event["status"], event["time_ms"])
 
@@ -177,7 +186,7 @@ def _quiet() -> Iterator[None]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    for name in ("mlflow.store.db.utils", "alembic"):
+    for name in ("mlflow.store.db.utils", "mlflow.pyfunc", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -89,6 +89,30 @@ class Tracker:
         """Copy a file to the run. The file must stay where it is until MLflow has answered."""
         self._emit(self._event("artifact", path=str(StoragePath.of(place))))
 
+    def log_input(self, name: str, place: Place, digest: str, num_images: int, context: str) -> None:
+        """Record a data set that the run reads.
+
+        Args:
+            name: Shown in MLflow.
+            place: Where it lies.
+            digest: SHA-256, `PreparedDataset.digest`.
+            num_images: How many of its images.
+            context: What for, "training", "validation" or "evaluation".
+        """
+        place = str(StoragePath.of(place))
+        self._emit(self._event("input", name=name, place=place, digest=digest, num_images=num_images, context=context))
+
+    def log_image(self, place: Place, key: str, step: int, time_ms: int) -> None:
+        """Add a PNG to the series of pictures that MLflow shows by step, once. It must stay there as an artifact."""
+        self._emit(self._event("image", time_ms, path=str(StoragePath.of(place)), image=key, step=step))
+
+    def log_model(self, checkpoint: Place, registered: str) -> None:
+        """Log a checkpoint as an MLflow model of the run, and register it as the next version of a name.
+
+        The checkpoint must stay where it is until MLflow has answered.
+        """
+        self._emit(self._event("model", path=str(StoragePath.of(checkpoint)), registered=registered))
+
     def finish(self, status: str = "FINISHED") -> None:
         """End the run as FINISHED, FAILED or KILLED."""
         self._emit(self._event("finish", status=status), retry_now=True)

@@ -8,11 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
 import pytest
+from PIL import Image
 
 from instseg.config import TrackingConfig
 from instseg.jobs import mlflow_server
@@ -219,6 +222,27 @@ def test_the_same_number_of_the_same_moment_is_recorded_once(config: TrackingCon
         for _ in range(2):
             tracker.log_metrics({"loss": 1.0}, step=4, time_ms=1_000)
     assert history(config, runs_of(config)[0].info.run_id, "loss") == [(4, 1.0)]
+
+
+def test_data_and_pictures_are_recorded_once_whether_at_once_or_replayed(
+    config: TrackingConfig, tmp_path: Path
+) -> None:
+    Image.new("RGB", (3, 2), "red").save(tmp_path / "panels.png")
+    for uri in (config.uri, UNREACHABLE.uri, config.uri):
+        with Tracker.start(replace(config, uri=uri), "name", {}, {}, tmp_path / "spool") as tracker:
+            tracker.log_input("voc", "s3://bucket/voc", 64 * "a", 7, "training")
+            tracker.log_input("voc", "s3://bucket/voc", 64 * "b", 5, "validation")
+            tracker.log_image(tmp_path / "panels.png", "panels", step=4, time_ms=1_000)
+            tracker.log_image(tmp_path / "panels.png", "panels", step=8, time_ms=2_000)
+    (run,) = runs_of(config)
+    inputs = {each.tags[0].value: json.loads(each.dataset.profile) for each in run.inputs.dataset_inputs}
+    assert inputs == {
+        "training": {"num_images": 7, "sha256": 64 * "a"},
+        "validation": {"num_images": 5, "sha256": 64 * "b"},
+    }
+    folder = Path(unquote(urlparse(run.info.artifact_uri).path)) / "images"
+    names = sorted(path.name.rpartition("+")[0] for path in folder.glob("*.png"))
+    assert names == ["panels+step+4+timestamp+1000", "panels+step+8+timestamp+2000"]
 
 
 def test_a_deleted_experiment_is_named_and_keeps_the_spool(
