@@ -260,6 +260,27 @@ class AugmentConfig(_Checked):
 
 
 @dataclass(frozen=True)
+class ValidationConfig(_Checked):
+    """What is measured beside training, on checkpoints, while the workers go on."""
+
+    data: str | None = None  # directory that prepare.py wrote, with ground truth; default: no validation
+    every: int = 1  # epochs, or what else numbers the checkpoints, from one validation to the next, at least
+    num_images: int | None = None  # spread over the data, always the same; default: all
+    num_panels: int = 6  # of them, those with the most classes, are drawn at each validation
+    # Threads. They share the CPUs with the training's workers where no others are free: none is reserved for them.
+    num_cpus: int = 1
+    metric: Literal["ap_r_vol", "mean_iou"] = "ap_r_vol"  # which checkpoint is the best
+    patience: int | None = None  # training ends after so many validations without a better one; default: never
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        non_negative("num_panels", self.num_panels)
+        for name in ("every", "num_images", "num_cpus", "patience"):
+            if getattr(self, name) is not None:
+                positive(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
 class TrainConfig(_Checked):
     """workflows/train.py, and workflows/crossvalidate.py, which holds out each fold in turn."""
 

@@ -18,6 +18,7 @@ from instseg.jobs.diagnose import diagnose
 from instseg.jobs.evaluators import Evaluators
 from instseg.jobs.roots import check_inputs, check_nodes, check_out
 from instseg.jobs.tracking import SPOOL, Tracker, how_to_open
+from instseg.jobs.validate import informative
 from instseg.models.checkpoint import INITIAL_WEIGHTS, check_classes, find_checkpoint, from_json
 from instseg.models.network import InstanceNetwork
 from instseg.report.pictures import save_panel
@@ -122,7 +123,7 @@ def evaluate_ablation(
     save_reliability(out / "calibration.png", evaluation.calibration)
     paths.append(out / "calibration.png")
     if config.num_figures:
-        chosen = _informative(records, dataset.image_ids, config.num_figures)
+        chosen = informative(records, dataset.image_ids, config.num_figures)
         maps = evaluators.instance_maps(chosen, ablation)
         save_panel(out / "panel.png", [dataset[index] for index in chosen], maps, dataset.classes)
         paths.append(out / "panel.png")
@@ -130,11 +131,3 @@ def evaluate_ablation(
     for path in paths:
         tracker.log_artifact(path)
     return evaluation, records
-
-
-def _informative(records: list[ImageRecord], image_ids: tuple[str, ...], num: int) -> list[int]:
-    """Indices of the images with the most classes, then the most instances."""
-    ranked = sorted(
-        records, key=lambda record: (-len(set(record.truth_labels)), -len(record.truth_labels), record.image_id)
-    )
-    return [image_ids.index(record.image_id) for record in ranked[:num]]

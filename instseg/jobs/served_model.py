@@ -17,7 +17,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from pycocotools import mask as coco_mask
 
-from instseg.config import PrepareConfig
+from instseg.config import GrabCutConfig
 from instseg.data.foreground import compute_foregrounds
 from instseg.data.images import decode_photograph
 from instseg.data.network_outputs import DetectionRecord, import_detections, parse_json, parse_logits
@@ -81,7 +81,7 @@ class ServedModel(PythonModel):
         detections, bad = import_detections(image_id, records, (image.shape[0], image.shape[1]), labels, 0.0)
         if bad:
             raise ValueError(f"{bad[0].file}: {bad[0].reason}")
-        return compute_foregrounds(image, detections, image_id, PrepareConfig.grabcut_iterations)[0]
+        return compute_foregrounds(image, detections, image_id, GrabCutConfig())[0]
 
     def _instance(self, found: InstanceMap, k: int) -> dict[str, Any]:
         mask = found.instances == k + 1

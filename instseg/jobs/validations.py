@@ -1,0 +1,111 @@
+"""Which checkpoints of a run have been validated, which is the best, which may not go, and whether to stop.
+
+All of it follows from files in the run directory: `validation/<checkpoint>.json` and the pictures beside it, the JSON
+last. A validation that was killed is done anew, one that has its JSON is not, so neither kills nor resumed runs change
+what is found.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from instseg.config import ValidationConfig
+from instseg.jobs.validate import validate
+from instseg.models.checkpoint import FOLDER, find_checkpoint
+from instseg.storage import Place, StoragePath
+
+VALIDATIONS = "validation"  # folder in the run directory
+BEST = "best.json"  # in the run directory: the best checkpoint and what it scored
+PICTURES = ("panels", "crf_parameters")
+_COMPLETE = "manifest.json"  # the last file of a checkpoint
+
+
+def catch_up(run: Place, config: ValidationConfig) -> Iterator[dict[str, Any]]:
+    """Validate every checkpoint that is due, the oldest first; yields the record of each once it is published."""
+    root = StoragePath.of(run)
+    while names := due(root, config):
+        record = _record(root, names[0], config)
+        winner = best([*records(root), record], config.metric)
+        if winner is not None:  # before the record: who is killed in between does both again
+            content = {key: winner[key] for key in ("checkpoint", "step", "metrics")} | {"metric": config.metric}
+            (root / BEST).publish(_json(content))
+        (root / VALIDATIONS / f"{names[0]}.json").publish(_json(record))
+        yield record
+
+
+def _record(run: StoragePath, name: str, config: ValidationConfig) -> dict[str, Any]:
+    began, step = time.monotonic(), 0
+    try:
+        step = find_checkpoint(run / FOLDER / name).state.get("step", 0)
+        panels, parameters = (run / VALIDATIONS / f"{name}_{picture}.png" for picture in PICTURES)
+        metrics = validate(run / FOLDER / name, config, panels, parameters)
+        found: dict[str, Any] = {"metrics": {key: value for key, value in metrics.items() if not math.isnan(value)}}
+    except (ValueError, FileNotFoundError) as error:  # would be so again
+        found = {"metrics": {}, "error": str(error)}
+    return {
+        "checkpoint": name,
+        "step": step,
+        "time_ms": int(time.time() * 1000),
+        "seconds": time.monotonic() - began,
+        **found,
+    }
+
+
+def records(run: Place) -> list[dict[str, Any]]:
+    """What was found about each validated checkpoint, the oldest first."""
+    folder = StoragePath.of(run) / VALIDATIONS
+    names = [name for name in folder.files() if name.endswith(".json")]
+    return sorted((json.loads((folder / name).read_bytes()) for name in names), key=lambda r: _number(r["checkpoint"]))
+
+
+def due(run: Place, config: ValidationConfig) -> list[str]:
+    """Names of complete checkpoints to validate, the oldest first: `every` further than the one before them, or more.
+
+    Counted in what numbers the checkpoints, from the latest that has a record on.
+    """
+    if config.data is None:
+        return []
+    root = StoragePath.of(run)
+    latest = max((_number(record["checkpoint"]) for record in records(root)), default=0)
+    names = []
+    for name in sorted((root / FOLDER).folders(), key=_number):
+        if _number(name) - latest >= config.every and (root / FOLDER / name / _COMPLETE).size() is not None:
+            names.append(name)
+            latest = _number(name)
+    return names
+
+
+def best(found: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
+    """The record with the highest metric, the earliest of equals; None if no record has one."""
+    known = [record for record in found if metric in record["metrics"]]
+    return max(known, key=lambda record: record["metrics"][metric], default=None)
+
+
+def kept(run: Place, config: ValidationConfig) -> set[str]:
+    """Names of checkpoints that may not be deleted: the best, and those that wait to be validated."""
+    waiting, winner = due(run, config), best(records(run), config.metric)  # in this order: a record comes after BEST
+    return {*waiting} | ({winner["checkpoint"]} if winner else set())
+
+
+def stopped(run: Place, config: ValidationConfig) -> bool:
+    """Whether the latest `patience` validations were no better than the best before them."""
+    found = records(run)
+    winner = best(found, config.metric)
+    if config.patience is None or winner is None:
+        return False
+    return len(found) - 1 - found.index(winner) >= config.patience
+
+
+def _number(name: str) -> int:
+    """The number at a checkpoint's end, as in epoch_0012; 0 for what is none."""
+    found = re.search(r"_(\d+)$", name)
+    return int(found[1]) if found else 0
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
