@@ -77,8 +77,10 @@ def main() -> None:
     data = os.path.abspath(options.data)
     indices = range(0, len(PreparedDataset(data)), EVERY)
     with get_context("spawn").Pool(2, torch.set_num_threads, [1]) as pool:
-        curve = {name: _summary(pool.starmap(_masks, [(data, i, name) for i in indices])) for name in _masks_of()}
-        print(json.dumps(curve, indent=1), flush=True)
+        curve: dict[str, dict[str, float]] = {}
+        for name in _masks_of():
+            curve[name] = _summary(pool.starmap(_masks, [(data, index, name) for index in indices]))
+            print(name, json.dumps(curve[name]), flush=True)
         scores: dict[str, Any] = {}
         for place in options.folds:
             for name in (PREPARED, DEFAULT):
@@ -119,9 +121,8 @@ def _foregrounds(sample: Sample, name: str) -> tuple[Detections, list[str]]:
         return replace(given, foregrounds=given.box_masks(*size)), ["box"] * len(given)
     if name in SETTINGS:
         return compute_foregrounds(sample.image, given, sample.image_id, SETTINGS[name])
-    return replace(
-        given, foregrounds=np.array([_plain(sample.image, box) for box in given.boxes]).reshape(-1, *size)
-    ), []
+    masks = np.array([_plain(sample.image, box) for box in given.boxes], np.bool_)
+    return replace(given, foregrounds=masks.reshape(-1, *size)), []
 
 
 def _plain(image: np.ndarray, box: np.ndarray) -> np.ndarray:

@@ -264,7 +264,7 @@ class ValidationConfig(_Checked):
     """What is measured beside training, on checkpoints, while the workers go on."""
 
     data: str | None = None  # directory that prepare.py wrote, with ground truth; default: no validation
-    every: int = 1  # epochs, or what else numbers the checkpoints, from one validation to the next, at least
+    every: int = 1  # steps from one validation to the next, at least; what is validated is a checkpoint
     num_images: int | None = None  # spread over the data, always the same; default: all
     num_panels: int = 6  # of them, those with the most classes, are drawn at each validation
     # Threads. They share the CPUs with the training's workers where no others are free: none is reserved for them.
@@ -294,6 +294,7 @@ class TrainConfig(_Checked):
     # A checkpoint or run directory. Tensors that it has, those of the CRFs included, replace the initial ones by name.
     start_from: str | None = None
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     num_epochs: int = 1
     num_head_epochs: int = 0  # the first of them, or all if they are fewer, train the detection head alone and are fast
@@ -326,7 +327,8 @@ class TrainConfig(_Checked):
     # Worker failures that a run survives, each from its latest checkpoint; nodes that were reclaimed do not count.
     max_failures: int = 2
     checkpoint_every: int | None = None  # steps, besides the end of each epoch
-    keep_checkpoints: int = 3  # the latest ones; with FCN-8s each takes 1.6 GB
+    # The latest ones, besides the best and those that wait for their validation; with FCN-8s each takes 1.6 GB.
+    keep_checkpoints: int = 3
     held_out: int | None = None  # the fold, from 0, that is not trained on; default: all images are trained on
     num_folds: int = 5  # into which the images are split where one is held out
     fold_seed: int = 0  # of that split, which depends on nothing else but the ids of the images
@@ -360,11 +362,13 @@ class TrainConfig(_Checked):
     def _check_model(self) -> None:
         """What is asked of parts that the model has not, or that are not trained."""
         model, through = self.model, self.train_through
-        heads = 0 if model.detection_head and through != "network" else self.num_head_epochs
-        why = 'model.detection_head and train_through "semantic_crf" or "instance_crf"'
-        require(heads == 0, "num_head_epochs", f"0 without {why}", self.num_head_epochs)
-        needs_network = through == "network" and model.semantic == "logits"
-        require(not needs_network, "train_through", 'no "network" without model.semantic', "one of logits")
+        heads = 0 if model.detection_head else self.num_head_epochs
+        require(heads == 0, "num_head_epochs", "0 without model.detection_head", self.num_head_epochs)
+        if through == "network":
+            require(
+                self.num_head_epochs == 0, "num_head_epochs", f"0 to train through {through!r}", self.num_head_epochs
+            )
+            require(model.semantic != "logits", "train_through", "a model.semantic for 'network'", repr(model.semantic))
         stages = 5 if model.semantic == "fcn8s" else 0
         expected = f"0 to {stages} with model.semantic {model.semantic!r}"
         require(0 <= self.frozen_stages <= stages, "frozen_stages", expected, self.frozen_stages)

@@ -1,4 +1,4 @@
-"""What the machine that trains is busy with, by the names under which MLflow shows it as system metrics."""
+"""What the machine of the driver is busy with, by the names under which MLflow shows it as system metrics."""
 
 from __future__ import annotations
 

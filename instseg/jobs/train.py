@@ -15,9 +15,19 @@ from instseg.jobs.cluster import cluster, cluster_nodes
 from instseg.jobs.devices import describe, training_device
 from instseg.jobs.roots import check_inputs, check_nodes, check_out
 from instseg.jobs.tracking import SPOOL, Tracker
-from instseg.jobs.train_checks import check_data, check_model, check_same_run, check_start, training_settings
+from instseg.jobs.train_checks import (
+    check_data,
+    check_model,
+    check_same_run,
+    check_start,
+    check_validation,
+    training_settings,
+)
 from instseg.jobs.train_fit import fit, log_record
-from instseg.models.checkpoint import CONFIG, FOLDER, MODEL, Checkpoint, find_checkpoint, latest_checkpoint
+from instseg.jobs.validate import validation_images
+from instseg.jobs.validations import best, catch_up, due, records, stopped
+from instseg.jobs.validator import in_words, log_validation_data, log_validations
+from instseg.models.checkpoint import FOLDER, Checkpoint, find_checkpoint, latest_checkpoint
 from instseg.models.semantic import weights_file
 from instseg.storage import StoragePath
 
@@ -53,6 +63,8 @@ def train(config: TrainConfig, parent: Tracker | None = None) -> StoragePath:
     dataset = training_images(config)
     check_data(config, dataset)
     check_model(config.model, dataset.num_labels)
+    if config.validation.data is not None:
+        check_validation(dataset, validation_images(config.validation))
     config = _with_absolute_paths(config)
     checkpoint = latest_checkpoint(run)
     if checkpoint is None:
@@ -61,14 +73,16 @@ def train(config: TrainConfig, parent: Tracker | None = None) -> StoragePath:
     if checkpoint is not None:
         check_same_run(checkpoint, settings)
     epoch = checkpoint.state["epoch"] if checkpoint else 0
-    if epoch < config.num_epochs:
+    if epoch < config.num_epochs and not stopped(run, config.validation):
         _continue(config, dataset, checkpoint, parent)
     else:
         print(f"nothing to do: {run} has finished its {epoch} epochs", flush=True)
+        waiting = due(run, config.validation)
         # MLflow could not be reached, or the driver was killed before it had logged all.
-        if (run / SPOOL).size() is not None:
-            with _recorded(config, settings, checkpoint, parent):
-                pass
+        if waiting or (run / SPOOL).size() is not None:
+            with _recorded(config, dataset, settings, checkpoint, parent):
+                for record in catch_up(run, config.validation):
+                    print(in_words(record), flush=True)
     checkpoint = find_checkpoint(run)
     print(f"latest checkpoint: {checkpoint.folder}", flush=True)
     return checkpoint.folder
@@ -78,6 +92,9 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Ray's workers have another current directory."""
     if (weights := weights_file(config.model.semantic_weights)) is not None:
         config = replace(config, model=replace(config.model, semantic_weights=str(weights)))
+    if config.validation.data is not None:
+        validation = replace(config.validation, data=str(StoragePath.of(config.validation.data)))
+        config = replace(config, validation=validation)
     return replace(config, data=str(StoragePath.of(config.data)), out=str(StoragePath.of(config.out)))
 
 
@@ -88,6 +105,8 @@ def _continue(
         places = {"data": StoragePath.of(config.data), "out": StoragePath.of(config.out)}
         if checkpoint is None and config.start_from is not None:
             places["start_from"] = StoragePath.of(config.start_from)
+        if config.validation.data is not None:
+            places["validation_data"] = StoragePath.of(config.validation.data)
         weights = weights_file(config.model.semantic_weights)
         check_nodes(**places, model_semantic_weights=weights)
         config = _with_device(config)
@@ -99,7 +118,7 @@ def _continue(
             flush=True,
         )
         settings = training_settings(config, dataset)  # now that the device is known
-        with _recorded(config, settings, checkpoint, parent) as tracker:
+        with _recorded(config, dataset, settings, checkpoint, parent) as tracker:
             fit(config, settings, tracker, state.get("step", 0))
 
 
@@ -128,19 +147,28 @@ def _with_device(config: TrainConfig) -> TrainConfig:
 
 @contextmanager
 def _recorded(
-    config: TrainConfig, settings: dict[str, Any], checkpoint: Checkpoint | None, parent: Tracker | None
+    config: TrainConfig,
+    dataset: PreparedDataset,
+    settings: dict[str, Any],
+    checkpoint: Checkpoint | None,
+    parent: Tracker | None,
 ) -> Iterator[Tracker]:
-    """The MLflow run: first what the checkpoint knows of it, at the end the latest checkpoint itself."""
+    """The MLflow run: first what the checkpoint knows of it, at the end the best or the latest checkpoint as a model."""
     run = StoragePath.of(config.out)
     name = run.parent.name if parent else run.name
     tags = {"workflow": "train", "mlflow.source.git.commit": settings["provenance"]["commit"] or "unknown"}
     with Tracker.start(config.tracking, name, settings, tags, run / SPOOL, parent) as tracker:
+        tracker.log_input("training", config.data, dataset.digest, len(dataset), "training")
+        log_validation_data(tracker, config.validation)
         _log_records(tracker, checkpoint)
         yield tracker
         latest = find_checkpoint(run)
         _log_records(tracker, latest)  # workers that died after their last checkpoint have not reported it
-        for name in (MODEL, CONFIG):
-            tracker.log_artifact(latest.folder / name)
+        log_validations(tracker, run, set())
+        winner = best(records(run), config.validation.metric)
+        chosen = run / FOLDER / winner["checkpoint"] if winner else latest.folder
+        if parent is None:  # a fold of a cross-validation is not for use
+            tracker.log_model(chosen, config.tracking.registered_model)
 
 
 def _log_records(tracker: Tracker, checkpoint: Checkpoint | None) -> None:

@@ -28,6 +28,7 @@ _FREE = {
     "max_failures",
     "checkpoint_every",
     "keep_checkpoints",
+    "validation",
     "provenance",
 }
 
@@ -63,6 +64,15 @@ def check_data(config: TrainConfig, dataset: PreparedDataset) -> None:
     if len(sample.logits) != dataset.num_labels:
         got = f"logits of {len(sample.logits)} labels, expected {dataset.num_labels}"
         raise ValueError(f"data directory {config.data}: {got}")
+
+
+def check_validation(dataset: PreparedDataset, validation: PreparedDataset) -> None:
+    """Raise ValueError if the data to validate on has other classes than the data to train on, or no ground truth."""
+    place = f"validation.data {validation.root}"
+    if validation.classes != dataset.classes:
+        raise ValueError(f"{place}: expected the classes of the training data, {dataset.classes}, {validation.classes}")
+    if validation[0].semantic is None or validation[0].instances is None:
+        raise ValueError(f"{place}: has no ground truth to validate with")
 
 
 def check_model(config: ModelConfig, num_labels: int) -> None:

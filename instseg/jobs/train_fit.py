@@ -15,10 +15,12 @@ from ray.train.torch import TorchTrainer
 from instseg.config import TrainConfig
 from instseg.jobs.cluster import JobError
 from instseg.jobs.run_log import RunLog, in_words, shown
+from instseg.jobs.system_metrics import SystemMonitor
 from instseg.jobs.tracking import Tracker
 from instseg.jobs.train_loop import train_loop
 from instseg.jobs.train_report import raise_failed_step
 from instseg.jobs.train_worker import Loop
+from instseg.jobs.validator import Validator, log_validations, validating
 from instseg.models.checkpoint import FOLDER
 from instseg.storage import StoragePath
 
@@ -48,7 +50,7 @@ def fit(config: TrainConfig, settings: dict[str, Any], tracker: Tracker, step: i
     (run / FOLDER / _RAY_SNAPSHOT).delete()
     fewest, most = config.worker_range
     try:
-        with shown() as log, _interruptible():
+        with shown() as log, validating(run, config.validation, log) as validator, _interruptible():
             TorchTrainer(
                 train_loop,
                 train_loop_config={"loop": Loop(config, settings, log)},
@@ -63,7 +65,7 @@ def fit(config: TrainConfig, settings: dict[str, Any], tracker: Tracker, step: i
                     storage_filesystem=filesystem,
                     # Workers of nodes that were reclaimed are replaced without limit, and count as no failures.
                     failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-                    callbacks=[_Report(tracker, log, config.num_epochs, step)],
+                    callbacks=[_Report(config, tracker, log, validator, step)],
                 ),
             ).fit()
     except ray.train.TrainingFailedError as error:
@@ -114,11 +116,14 @@ def _last_line(error: Exception) -> str:
 class _Report(ray.train.UserCallback):
     """Records the steps. It lives in Ray Train's controller, a process on the driver's machine."""
 
-    def __init__(self, tracker: Tracker, log: RunLog, num_epochs: int, step: int) -> None:
+    def __init__(self, config: TrainConfig, tracker: Tracker, log: RunLog, validator: Validator, step: int) -> None:
+        self.config = config
         self.tracker = tracker
         self.log = log
-        self.num_epochs = num_epochs
+        self.validator = validator
         self.step = step  # the latest that is recorded
+        self.validated: set[str] = set()  # checkpoints whose validation is recorded
+        self.monitor: SystemMonitor | None = None  # made where it is used, in the controller
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Every worker reports the same; workers that died between saving and reporting left a record to the next."""
@@ -126,12 +131,17 @@ class _Report(ray.train.UserCallback):
             if record["step"] > self.step:
                 self.step = record["step"]
                 self._log(record)
+                self.monitor = self.monitor or SystemMonitor()
+                self.tracker.log_metrics(self.monitor.sample(), self.step)
+        self.validator.catch_up()
+        log_validations(self.tracker, self.config.out, self.validated)
 
     def _log(self, record: dict[str, Any]) -> None:
         log_record(self.tracker, record)
         if "losses" in record:
+            done = f"epoch {record['epoch']}/{self.config.num_epochs} done, step {record['step']}"
             self.log.line(
-                f"epoch {record['epoch']}/{self.num_epochs} done, step {record['step']}: {in_words(record['losses'])}, "
+                f"{done}: {in_words(record['losses'])}, "
                 f"{record['images_per_second']:.2f} images/s, data wait {record['data_wait_ms']:.1f} ms a step"
             )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from instseg.jobs.run_log import EpochLog
 from instseg.jobs.train_report import WAIT, FailedStep, add_record, delete_failed_step, report, save_failed_step
 from instseg.jobs.train_worker import Loop, Worker, build_worker, shares
+from instseg.jobs.validations import stopped
 from instseg.models.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
 from instseg.storage import StoragePath
 from instseg.structures import Sample
@@ -39,7 +40,7 @@ def train_loop(loop_config: dict[str, Loop]) -> None:
     if worker.rank == 0:
         delete_failed_step(run)
     try:
-        while worker.progress.epoch < loop.config.num_epochs:
+        while worker.progress.epoch < loop.config.num_epochs and not _agree_to_stop(worker):
             _train_epoch(worker)
     except FailedStep as failed:
         if worker.rank == 0:
@@ -60,6 +61,15 @@ def _agree_on_checkpoint(run: StoragePath) -> Checkpoint | None:
     return checkpoint
 
 
+def _agree_to_stop(worker: Worker) -> bool:
+    """Whether validation has shown rank 0 that the run gets no better."""
+    config = worker.config
+    if config.validation.patience is None:
+        return False
+    answer = stopped(config.out, config.validation) if worker.rank == 0 else None
+    return bool(ray.train.collective.broadcast_from_rank_zero(answer))
+
+
 def _train_epoch(worker: Worker) -> None:
     """Train on every image once, or on those that are left, with a checkpoint at the end and every few steps."""
     steps = _steps(worker)
@@ -68,6 +78,8 @@ def _train_epoch(worker: Worker) -> None:
         curves = _mean_over_workers(span, worker)
         add_record(worker, curves, time.monotonic() - start)
         report(worker)
+        if _agree_to_stop(worker):
+            return
         start = time.monotonic()
 
 

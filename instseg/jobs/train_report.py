@@ -13,6 +13,7 @@ import ray.train
 
 from instseg.data.files import read_json, write_json
 from instseg.jobs.train_worker import Worker
+from instseg.jobs.validations import kept
 from instseg.models.checkpoint import (
     FOLDER,
     epoch_folder,
@@ -101,12 +102,13 @@ def report(worker: Worker) -> None:
         folder = tempfile.mkdtemp()  # Ray deletes it
         write_checkpoint(Path(folder), **_contents(worker))
         checkpoint = ray.train.Checkpoint.from_directory(folder)
-    run, progress, keep = StoragePath.of(worker.config.out), worker.progress, worker.config.keep_checkpoints
+    run, progress, config = StoragePath.of(worker.config.out), worker.progress, worker.config
+    keep, validation = config.keep_checkpoints, config.validation
 
     def upload(local: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
         """In place of Ray's own copy, which gives the manifest no last place."""
         publish_checkpoint(Path(local.path), run / FOLDER / name)
-        prune_checkpoints(run, keep)
+        prune_checkpoints(run, keep, kept(run, validation))
         filesystem, path = (run / FOLDER / name).filesystem
         return ray.train.Checkpoint(path, filesystem)
 

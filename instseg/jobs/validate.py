@@ -114,7 +114,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _records(network: InstanceNetwork, dataset: PreparedDataset) -> Iterator[ImageRecord]:
-    for sample in read_ahead(dataset, range(len(dataset))):
+    for sample in read_ahead(dataset.__getitem__, range(len(dataset))):
         predicted, semantic_before, validity = _segment(network, sample)
         yield image_record(sample, predicted, semantic_before, network.num_labels, validity)
 

@@ -9,39 +9,37 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from instseg.config import ValidationConfig
 from instseg.jobs.validate import validate
-from instseg.models.checkpoint import FOLDER, find_checkpoint
+from instseg.models.checkpoint import FOLDER, checkpoint_steps
 from instseg.storage import Place, StoragePath
 
 VALIDATIONS = "validation"  # folder in the run directory
 BEST = "best.json"  # in the run directory: the best checkpoint and what it scored
 PICTURES = ("panels", "crf_parameters")
-_COMPLETE = "manifest.json"  # the last file of a checkpoint
 
 
 def catch_up(run: Place, config: ValidationConfig) -> Iterator[dict[str, Any]]:
     """Validate every checkpoint that is due, the oldest first; yields the record of each once it is published."""
     root = StoragePath.of(run)
-    while names := due(root, config):
-        record = _record(root, names[0], config)
+    while waiting := due(root, config):
+        name, step = next(iter(waiting.items()))
+        record = _record(root, name, step, config)
         winner = best([*records(root), record], config.metric)
         if winner is not None:  # before the record: who is killed in between does both again
             content = {key: winner[key] for key in ("checkpoint", "step", "metrics")} | {"metric": config.metric}
             (root / BEST).publish(_json(content))
-        (root / VALIDATIONS / f"{names[0]}.json").publish(_json(record))
+        (root / VALIDATIONS / f"{name}.json").publish(_json(record))
         yield record
 
 
-def _record(run: StoragePath, name: str, config: ValidationConfig) -> dict[str, Any]:
-    began, step = time.monotonic(), 0
+def _record(run: StoragePath, name: str, step: int, config: ValidationConfig) -> dict[str, Any]:
+    began = time.monotonic()
     try:
-        step = find_checkpoint(run / FOLDER / name).state.get("step", 0)
         panels, parameters = (run / VALIDATIONS / f"{name}_{picture}.png" for picture in PICTURES)
         metrics = validate(run / FOLDER / name, config, panels, parameters)
         found: dict[str, Any] = {"metrics": {key: value for key, value in metrics.items() if not math.isnan(value)}}
@@ -60,24 +58,23 @@ def records(run: Place) -> list[dict[str, Any]]:
     """What was found about each validated checkpoint, the oldest first."""
     folder = StoragePath.of(run) / VALIDATIONS
     names = [name for name in folder.files() if name.endswith(".json")]
-    return sorted((json.loads((folder / name).read_bytes()) for name in names), key=lambda r: _number(r["checkpoint"]))
+    return sorted((json.loads((folder / name).read_bytes()) for name in names), key=lambda record: record["step"])
 
 
-def due(run: Place, config: ValidationConfig) -> list[str]:
-    """Names of complete checkpoints to validate, the oldest first: `every` further than the one before them, or more.
+def due(run: Place, config: ValidationConfig) -> dict[str, int]:
+    """Names and steps of the checkpoints to validate, the oldest first: each `every` steps after another, or more.
 
-    Counted in what numbers the checkpoints, from the latest that has a record on.
+    Counted from the latest that has a record on.
     """
     if config.data is None:
-        return []
+        return {}
     root = StoragePath.of(run)
-    latest = max((_number(record["checkpoint"]) for record in records(root)), default=0)
-    names = []
-    for name in sorted((root / FOLDER).folders(), key=_number):
-        if _number(name) - latest >= config.every and (root / FOLDER / name / _COMPLETE).size() is not None:
-            names.append(name)
-            latest = _number(name)
-    return names
+    latest = max((record["step"] for record in records(root)), default=0)
+    found = {}
+    for name, step in checkpoint_steps(root).items():
+        if step - latest >= config.every:
+            found[name] = latest = step
+    return found
 
 
 def best(found: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
@@ -99,12 +96,6 @@ def stopped(run: Place, config: ValidationConfig) -> bool:
     if config.patience is None or winner is None:
         return False
     return len(found) - 1 - found.index(winner) >= config.patience
-
-
-def _number(name: str) -> int:
-    """The number at a checkpoint's end, as in epoch_0012; 0 for what is none."""
-    found = re.search(r"_(\d+)$", name)
-    return int(found[1]) if found else 0
 
 
 def _json(values: dict[str, Any]) -> bytes:

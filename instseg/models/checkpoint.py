@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -108,9 +108,9 @@ def save_checkpoint(
         publish_checkpoint(Path(source), StoragePath.of(folder))
 
 
-def prune_checkpoints(run: StoragePath, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints of a run directory, complete or not."""
-    for name in _epochs(run)[:-keep]:
+def prune_checkpoints(run: StoragePath, keep: int, kept: Set[str] = frozenset()) -> None:
+    """Delete all but the newest `keep` checkpoints of a run directory, and those named in `kept`, complete or not."""
+    for name in sorted({*_epochs(run)[:-keep]} - kept):
         (run / FOLDER / name / _MANIFEST).delete()  # so that what is half deleted is no checkpoint
         (run / FOLDER / name).delete_folder()
 
@@ -142,6 +142,13 @@ def latest_checkpoint(place: Place) -> Checkpoint | None:
         except ValueError as error:
             log.warning("%s. It is passed over for the one before it, if there is one", error)
     return None
+
+
+def checkpoint_steps(run: StoragePath) -> dict[str, int]:
+    """Names of the complete checkpoints of a run directory, the oldest first, and the steps taken before each."""
+    folders = {name: run / FOLDER / name for name in _epochs(run)}
+    complete = {name: folder for name, folder in folders.items() if (folder / _MANIFEST).size() is not None}
+    return {name: _read_json(folder / _STATE).get("step", 0) for name, folder in complete.items()}
 
 
 def check_classes(checkpoint: Checkpoint, classes: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from instseg.config import ModelConfig, TrackingConfig
+from instseg.config import GrabCutConfig, ModelConfig, TrackingConfig
 from instseg.data.foreground import compute_foregrounds
 from instseg.jobs.mlflow_server import _quiet
 from instseg.jobs.tracking import Tracker
@@ -33,7 +33,7 @@ def photograph() -> Sample:
     sample = make_sample(1)
     boxes = np.array([[x, y, x + w, y + h] for x, y, w, h in BOXES], np.float32)
     given = Detections(np.array([1, 2]), np.array([0.9, 0.6], np.float32), boxes)
-    detections, _ = compute_foregrounds(sample.image, given, "photo", 5)
+    detections, _ = compute_foregrounds(sample.image, given, "photo", GrabCutConfig())
     return Sample("photo", sample.image, detections, logits=sample.logits)
 
 

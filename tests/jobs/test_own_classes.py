@@ -68,7 +68,7 @@ def test_three_classes_of_coco_format_go_through_the_whole_system(root: Path, tm
     data, run, report = (str(tmp_path / name) for name in ("data", "run", "report"))
     names = {"coco": "instances.json", "images": "", "classes": "classes.txt", "detections": "detections.json"}
     inputs: dict[str, Any] = {option: str(root / name) for option, name in (names | {"logits": "logits"}).items()}
-    prepare(PrepareConfig(data, grabcut_iterations=1, **inputs))
+    prepare(PrepareConfig(data, **inputs))
     dataset = PreparedDataset(data)
     assert dataset.classes == ("background", *CHOSEN)
     for sample, scene in zip((dataset[index] for index in range(len(dataset))), scenes(), strict=True):

@@ -42,7 +42,7 @@ class Body(nn.Module):
         return self.score.parameters()
 
     def stage_parameters(self, num_stages: int) -> Any:
-        return self.trunk.parameters() if num_stages else ()
+        return self.trunk.parameters() if num_stages else iter(())
 
 
 def build(dropout: float = 0.0, **changes: Any) -> tuple[Objective, Body]:
