@@ -153,7 +153,7 @@ def _recorded(
     checkpoint: Checkpoint | None,
     parent: Tracker | None,
 ) -> Iterator[Tracker]:
-    """The MLflow run: first what the checkpoint knows of it, at the end the best or the latest checkpoint as a model."""
+    """The MLflow run: first what the checkpoint knows of it, at the end its best or latest checkpoint as a model."""
     run = StoragePath.of(config.out)
     name = run.parent.name if parent else run.name
     tags = {"workflow": "train", "mlflow.source.git.commit": settings["provenance"]["commit"] or "unknown"}

@@ -32,8 +32,8 @@ def accumulate_gradients(
     totals, losses = [], []
     for first in range(0, len(samples), size):
         part = slice(first, first + size)
-        alone = isinstance(objective, DistributedDataParallel) and first + size < len(samples)
-        with objective.no_sync() if alone else nullcontext():
+        is_last = first + size >= len(samples)
+        with nullcontext() if is_last or not isinstance(objective, DistributedDataParallel) else objective.no_sync():
             total, loss = objective(samples[part], seeds[part], head_only)
             (total.mean() / num_passes).backward()
         totals.append(total.detach())

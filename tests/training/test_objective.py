@@ -48,7 +48,7 @@ class Body(nn.Module):
 def build(dropout: float = 0.0, **changes: Any) -> tuple[Objective, Body]:
     """Of a network with a small semantic network in place of the one that the configuration names."""
     torch.manual_seed(0)
-    config = TrainConfig("data", "out", **{"model": ModelConfig(semantic="fcn8s", fcn_width=8)} | changes)
+    config = replace(TrainConfig("data", "out", ModelConfig(semantic="fcn8s", fcn_width=8)), **changes)
     network = InstanceNetwork(replace(config.model, semantic="logits"), NUM_LABELS).train()
     body = Body(dropout)
     network.semantic = SemanticNetwork(body).train()
