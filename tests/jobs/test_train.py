@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from instseg.config import ModelConfig, TrackingConfig, TrainConfig
+from instseg.config import ModelConfig, TrackingConfig, TrainConfig, ValidationConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.data.files import read_json, sha256_of, write_json
 from instseg.data.schema import SCHEMA
@@ -30,6 +30,7 @@ from instseg.jobs import train_fit
 from instseg.jobs.devices import Node
 from instseg.jobs.train import train
 from instseg.jobs.train_checks import check_same_run
+from instseg.jobs.validations import BEST, best, records
 from instseg.models.checkpoint import Checkpoint, epoch_folder, find_checkpoint, read_checkpoint
 from instseg.models.network import InstanceNetwork
 from instseg.storage import StoragePath
@@ -83,8 +84,10 @@ def said() -> io.StringIO:
 def finished(
     ray_cluster: None, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, said: io.StringIO
 ) -> TrainConfig:
-    """An uninterrupted run."""
+    """An uninterrupted run, which is validated on the images that it learns."""
     config = make_config(tiny_data, tmp_path_factory.mktemp("runs") / "finished")
+    validation = ValidationConfig(data=str(tiny_data), every=2 * STEPS_PER_EPOCH, num_images=4, num_panels=1)
+    config = replace(config, validation=validation)
     with redirect_stdout(said):
         train(config)
     return config
@@ -128,7 +131,29 @@ def test_mlflow_has_every_step(finished: TrainConfig) -> None:
     assert run.data.params["train.device"] == "cpu"
     for name, every in (("epoch_instance_loss", 4), ("semantic_loss", 2), ("gradient_norm", 2), (RATE, 2)):
         assert steps_of(client, run, name) == list(range(every, NUM_EPOCHS * STEPS_PER_EPOCH + 1, every)), name
-    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"model.safetensors", "config.json"}
+    assert "system/cpu_utilization_percentage" in run.data.metrics
+    inputs = [(data.dataset.digest, data.tags[0].value) for data in run.inputs.dataset_inputs]
+    digest = PreparedDataset(finished.data).digest[:36]
+    assert inputs == [(digest, "training"), (PreparedDataset(finished.data).subset(range(4)).digest[:36], "validation")]
+
+
+def test_validated_beside_training(finished: TrainConfig, said: io.StringIO) -> None:
+    """Each checkpoint that is due once; the best is kept, drawn, and registered as a model."""
+    run, every = Path(finished.out), 2 * STEPS_PER_EPOCH
+    found = records(run)
+    assert [record["step"] for record in found] == list(range(every, NUM_EPOCHS * STEPS_PER_EPOCH + 1, every))
+    winner = best(found, "ap_r_vol")
+    assert winner is not None
+    assert json.loads((run / BEST).read_text())["checkpoint"] == winner["checkpoint"]
+    assert read_checkpoint(run / "checkpoints" / winner["checkpoint"]).state["step"] == winner["step"]
+    assert said.getvalue().count("validation of epoch_") == len(found)
+    client, recorded_run = recorded(finished)
+    assert steps_of(client, recorded_run, "validation/ap_r_vol") == [record["step"] for record in found]
+    (version,) = client.search_model_versions("name = 'instseg'")
+    (logged,) = client.search_logged_models([recorded_run.info.experiment_id])
+    assert (version.run_id, version.model_id) == (recorded_run.info.run_id, logged.model_id)
+    pictures = [file.path for file in client.list_artifacts(recorded_run.info.run_id, "images") if ".png" in file.path]
+    assert len(pictures) == 2 * len(found)
 
 
 def test_a_finished_run_is_left_alone(finished: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +175,8 @@ def test_a_driver_killed_before_it_logged_is_made_up_for(finished: TrainConfig, 
     assert steps_of(client, run, "epoch_instance_loss") == [20, 24]
     assert steps_of(client, run, "semantic_loss") == [20, 22, 24]
     _, original = recorded(finished)
-    assert run.data.metrics == original.data.metrics
+    lost = {name for name in original.data.metrics if name.startswith("system/")}  # of machines, then
+    assert run.data.metrics == {name: original.data.metrics[name] for name in original.data.metrics.keys() - lost}
     assert not (tmp_path / "run" / "mlflow_spool.jsonl").exists()
 
 
