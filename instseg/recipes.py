@@ -112,20 +112,20 @@ def small_stage1(data: str, out: str) -> TrainConfig:
     """`--recipe small_stage1 --data runs/voc/train --out runs/small1 --model.semantic-weights vgg16.safetensors`.
 
     Some hours on two cores is our guess. FCN-8s with 512 channels in fc6 and fc7, for a few hundred images and no GPU:
-    windows of 320 x 320 pixels, and the first two stages of VGG-16 stay as they are.
+    images are seen at half to all of their size, and the first three of VGG-16's stages stay as they are.
     """
     return TrainConfig(
         data=data,
         out=out,
         model=ModelConfig(semantic="fcn8s", fcn_width=512),
         train_through="network",
-        augment=AugmentConfig(flip=True, scale=(0.75, 1.5), crop=320),
+        augment=AugmentConfig(flip=True, scale=(0.5, 1.0), crop=384),
         num_epochs=10,
         num_workers=2,
         weight_decay=1e-4,
         learning_rate_network=5e-5,
-        learning_rate_new=5e-4,
-        frozen_stages=2,
+        learning_rate_new=3e-4,
+        frozen_stages=3,
         semantic_loss_weight=1.0,
         probability_floor=0.0,
         checkpoint_every=50,
