@@ -15,6 +15,7 @@ from tests.s3 import S3, running_s3
 REPOSITORY = Path(__file__).resolve().parents[1]
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # 30 by default: too short on a busy machine
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tests are no use, and the counting is a process of its own
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process more, and no node is given notice here
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

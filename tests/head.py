@@ -104,7 +104,7 @@ def free_port() -> int:
 def running_head() -> Iterator[Head]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"}
-    environment["RAY_USAGE_STATS_ENABLED"] = "0"
+    environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
     port, agent_port = free_port(), free_port()
     options = ["--block", "--port=0", f"--dashboard-port={port}", "--num-cpus=2", "--object-store-memory=100000000"]
     options += [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={agent_port}"]
