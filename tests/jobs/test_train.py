@@ -151,7 +151,7 @@ def test_validated_beside_training(finished: TrainConfig, said: io.StringIO) -> 
     assert steps_of(client, recorded_run, "validation/ap_r_vol") == [record["step"] for record in found]
     (version,) = client.search_model_versions("name = 'instseg'")
     (logged,) = client.search_logged_models([recorded_run.info.experiment_id])
-    assert (version.run_id, version.model_id) == (recorded_run.info.run_id, logged.model_id)
+    assert (version.run_id, version.source) == (recorded_run.info.run_id, logged.artifact_location)
     pictures = [file.path for file in client.list_artifacts(recorded_run.info.run_id, "images") if ".png" in file.path]
     assert len(pictures) == 2 * len(found)
 
