@@ -57,7 +57,7 @@ def train(config: TrainConfig, parent: Tracker | None = None) -> StoragePath:
         JobError: If Ray does not start, or workers were killed more than `max_failures` times.
         ray.train.TrainingFailedError: If workers failed as often for another reason.
     """
-    check_inputs(data=config.data)
+    check_inputs(data=config.data, validation_data=config.validation.data)
     run = check_out(config.out)
     check_out(run / FOLDER)
     dataset = training_images(config)
@@ -76,7 +76,8 @@ def train(config: TrainConfig, parent: Tracker | None = None) -> StoragePath:
     if epoch < config.num_epochs and not stopped(run, config.validation):
         _continue(config, dataset, checkpoint, parent)
     else:
-        print(f"nothing to do: {run} has finished its {epoch} epochs", flush=True)
+        early = "" if epoch >= config.num_epochs else f" of {config.num_epochs}, as validation.patience asks"
+        print(f"nothing to do: {run} has finished its {epoch} epochs{early}", flush=True)
         waiting = due(run, config.validation)
         # MLflow could not be reached, or the driver was killed before it had logged all.
         if waiting or (run / SPOOL).size() is not None:

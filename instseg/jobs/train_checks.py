@@ -70,7 +70,8 @@ def check_validation(dataset: PreparedDataset, validation: PreparedDataset) -> N
     """Raise ValueError if the data to validate on has other classes than the data to train on, or no ground truth."""
     place = f"validation.data {validation.root}"
     if validation.classes != dataset.classes:
-        raise ValueError(f"{place}: expected the classes of the training data, {dataset.classes}, {validation.classes}")
+        classes = f"{', '.join(dataset.classes)}, got {', '.join(validation.classes)}"
+        raise ValueError(f"{place}: expected the classes of the training data, {classes}; prepare both with the same")
     if validation[0].semantic is None or validation[0].instances is None:
         raise ValueError(f"{place}: has no ground truth to validate with")
 

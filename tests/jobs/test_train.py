@@ -311,6 +311,8 @@ def test_classes_in_another_order_are_refused(finished: TrainConfig, tiny_data: 
     manifest["classes"][2:] = reversed(manifest["classes"][2:])
     write_json(tmp_path / "data" / "manifest.json", manifest)
     with pytest.raises(ValueError, match="was trained with class 2 = 'circle', in the data it is 'cross'"):
+        train(replace(finished, data=str(tmp_path / "data"), validation=ValidationConfig()))
+    with pytest.raises(ValueError, match=r"validation\.data .*: expected the classes of the training data, .* got"):
         train(replace(finished, data=str(tmp_path / "data")))
 
 

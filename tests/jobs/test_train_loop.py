@@ -13,10 +13,10 @@ import pytest
 import ray.train
 import torch
 
-from instseg.config import AugmentConfig, ModelConfig, TrainConfig
+from instseg.config import AugmentConfig, ModelConfig, TrainConfig, ValidationConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.data.folds import training_images
-from instseg.jobs import train_fit
+from instseg.jobs import train_fit, train_loop
 from instseg.jobs.tracking import Tracker
 from instseg.jobs.train_checks import check_same_run, check_start, training_settings
 from instseg.jobs.train_report import raise_failed_step
@@ -57,6 +57,27 @@ def make_config(data: Path, run: Path) -> TrainConfig:
 @pytest.fixture
 def config(tiny_data: Path, tmp_path: Path) -> TrainConfig:
     return make_config(tiny_data, tmp_path / "run")
+
+
+def test_training_ends_where_validation_says_so(
+    config: TrainConfig, local: LocalTraining, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked after each checkpoint, and only where the run has a patience."""
+    asked: list[int] = []
+
+    def stopped(run: str, validation: ValidationConfig) -> bool:
+        asked.append(len(local.passes))
+        return len(local.passes) >= STEPS + 2
+
+    monkeypatch.setattr(train_loop, "stopped", stopped)
+    patient = replace(config, validation=ValidationConfig(str(tiny_data), patience=1))
+    assert local.run(patient).state["step"] == STEPS + 2
+    assert asked[0] == 0
+    assert set(asked) == {0, 2, STEPS, STEPS + 2}
+    asked.clear()
+    local.passes.clear()
+    assert local.run(replace(config, out=config.out + "_2")).state["epoch"] == NUM_EPOCHS
+    assert asked == []
 
 
 def tensors(run: str, name: str = "") -> dict[str, bytes]:
