@@ -106,7 +106,7 @@ def test_a_recipe_sets_the_defaults(command: Command, monkeypatch: pytest.Monkey
     monkeypatch.setattr("sys.argv", [name, "--recipe", "small_stage1", "--data", "d", "--out", "o", "--device", "cpu"])
     getattr(command_line, name)()
     assert (taken[0].model.semantic, taken[0].num_epochs, taken[0].device) == ("fcn8s", 10, "cpu")
-    assert "did you mean 'small_stage1'" in command(name, "--recipe", "small_stage", "--data", "d", "--out", "o")[1]
+    assert "did you mean 'small_stage1'" in command(name, "--recipe", "smal_stage1", "--data", "d", "--out", "o")[1]
 
 
 @pytest.fixture
