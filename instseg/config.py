@@ -88,6 +88,7 @@ class ModelConfig(_Checked):
     semantic_weights: str | None = None
     fcn_width: int = 4096  # channels of fc6 and fc7 of "fcn8s"; with others than VGG-16's 4096 both start at random
     fcn_stride: Literal[8, 16, 32] = 8  # of the finest scores of "fcn8s": 32, 16 and 8 are trained one after the other
+    fcn_padding: Literal[1, 100] = 100  # of the image in "fcn8s": 100 as published; 1 (fc6 by 3) costs less than half
     # Learn F_d and the prior of Y_d from each detection's crop, and let F_d stand for B_d in Eq. 4. Else F_d is that of
     # the data, the prior is the detector's score, and Eq. 4 is the paper's.
     detection_head: bool = False

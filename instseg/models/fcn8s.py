@@ -17,9 +17,12 @@ from instseg.storage import Place
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 _POOLS = tuple(accumulate(2 * len(stage) + 1 for stage in _STAGES))  # layers of `features` up to and with each pool
 _POOL3, _POOL4 = _POOLS[2:4]
-_FIRST_PADDING = 100  # lets an image of any size reach fc6, whose 7x7 window sees 224 pixels
-_CROP_POOL4, _CROP_POOL3 = 5, 9  # where the streams meet, given that padding
-_CROP_OUTPUT = {32: 19, 16: 27, 8: 31}  # where the image begins, by the stride of the finest scores
+_PADDING = 100  # of the image, as published, lets one of any size reach fc6, whose 7x7 window sees 224 pixels
+_FC6_PADDING = {100: 0, 1: 3}  # by that of the image: with 1, fc6 is padded instead
+# By the padding of the image: where the streams meet, and where the image begins by the stride of the finest scores.
+_CROP_POOL4 = {100: 5, 1: -1}
+_CROP_POOL3 = {100: 9, 1: -1}
+_CROP_OUTPUT = {100: {32: 19, 16: 27, 8: 31}, 1: {32: 16, 16: 8, 8: 4}}
 _FULLY_CONNECTED = {"classifier.0": "fc6", "classifier.3": "fc7"}
 _VGG_WIDTH = 4096
 
@@ -36,13 +39,16 @@ class FCN8s(nn.Module):
         num_labels: L, background included.
         width: Channels of fc6 and fc7.
         stride: Of the finest scores: 32, 16 or 8.
+        padding: Of the image: 100 as published, or 1 with fc6 padded by 3, which does without the zeros around the
+            image. They are more than half of the work at 375 x 500 pixels, and change what is seen near the border alone.
     """
 
-    def __init__(self, num_labels: int, width: int = _VGG_WIDTH, stride: int = 8) -> None:
+    def __init__(self, num_labels: int, width: int = _VGG_WIDTH, stride: int = 8, padding: int = _PADDING) -> None:
         super().__init__()
         self.stride = stride
-        self.features = _trunk()
-        self.fc6 = nn.Conv2d(_STAGES[4][-1], width, 7)
+        self.padding = padding
+        self.features = _trunk(padding)
+        self.fc6 = nn.Conv2d(_STAGES[4][-1], width, 7, padding=_FC6_PADDING[padding])
         self.fc7 = nn.Conv2d(width, width, 1)
         self.score_fr = nn.Conv2d(width, num_labels, 1)
         self.score_pool4 = nn.Conv2d(_STAGES[3][-1], num_labels, 1) if stride <= 16 else None
@@ -65,10 +71,10 @@ class FCN8s(nn.Module):
         fc7 = F.dropout(self.fc7(fc6).relu(), 0.5, self.training)
         scores = self.score_fr(fc7)
         if self.score_pool4 is not None:
-            scores = _fuse(scores, self.score_pool4(pool4), _CROP_POOL4)
+            scores = _fuse(scores, self.score_pool4(pool4), _CROP_POOL4[self.padding])
         if self.score_pool3 is not None:
-            scores = _fuse(scores, self.score_pool3(pool3), _CROP_POOL3)
-        return _crop(_upsample(scores, self.stride), _CROP_OUTPUT[self.stride], images.shape[-2:])
+            scores = _fuse(scores, self.score_pool3(pool3), _CROP_POOL3[self.padding])
+        return _crop(_upsample(scores, self.stride), _CROP_OUTPUT[self.padding][self.stride], images.shape[-2:])
 
     def stage_parameters(self, num_stages: int) -> Iterator[nn.Parameter]:
         """Parameters of the first `num_stages` of VGG-16's five stages of convolutions, each up to its pool.
@@ -138,13 +144,13 @@ def _torchvision_weights() -> dict[str, Tensor]:
     return download_weights(VGG16_Weights.IMAGENET1K_V1.url)
 
 
-def _trunk() -> nn.Sequential:
+def _trunk(first_padding: int) -> nn.Sequential:
     """VGG-16's convolutions, numbered as torchvision numbers them so that its weights load by name."""
     layers: list[nn.Module] = []
     channels = 3
     for stage in _STAGES:
         for width in stage:
-            padding = _FIRST_PADDING if not layers else 1
+            padding = first_padding if not layers else 1
             layers += [nn.Conv2d(channels, width, 3, padding=padding), nn.ReLU(inplace=True)]
             channels = width
         layers.append(nn.MaxPool2d(2, 2, ceil_mode=True))
@@ -159,8 +165,13 @@ def _upsample(scores: Float[Tensor, "B L h w"], factor: int) -> Float[Tensor, "B
 
 
 def _fuse(coarse: Float[Tensor, "B L h w"], finer: Float[Tensor, "B L H W"], offset: int) -> Float[Tensor, "B L _ _"]:
-    """The sum at twice the resolution of the coarse scores, of which the first lies on the finer one at `offset`."""
+    """The sum at twice the resolution of the coarse scores, of which the first lies on the finer one at `offset`.
+
+    With a negative offset it lies outside, and the sum has the finer scores' size.
+    """
     upsampled = _upsample(coarse, 2)
+    if offset < 0:
+        return _crop(upsampled, -offset, finer.shape[-2:]) + finer
     return upsampled + _crop(finer, offset, upsampled.shape[-2:])
 
 

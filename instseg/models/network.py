@@ -59,7 +59,12 @@ class InstanceNetwork(nn.Module):
         self.config = config
         self.num_labels = num_labels
         self.semantic = build_semantic(
-            config.semantic, num_labels, config.semantic_weights, config.fcn_width, config.fcn_stride
+            config.semantic,
+            num_labels,
+            config.semantic_weights,
+            config.fcn_width,
+            config.fcn_stride,
+            config.fcn_padding,
         )
         self.detection_head = DetectionHead(num_labels) if config.detection_head else None
         self.semantic_crf = HigherOrderCRF(num_labels, config.semantic_crf)

@@ -94,7 +94,12 @@ def normalize(image: Num[Tensor, "3 H W"]) -> Float[Tensor, "3 H W"]:
 
 
 def build_semantic(
-    name: str, num_labels: int, weights: str | None = None, fcn_width: int = 4096, fcn_stride: int = 8
+    name: str,
+    num_labels: int,
+    weights: str | None = None,
+    fcn_width: int = 4096,
+    fcn_stride: int = 8,
+    fcn_padding: int = 100,
 ) -> SemanticNetwork | None:
     """The semantic network of that name.
 
@@ -105,6 +110,7 @@ def build_semantic(
             torchvision's: for "fcn8s" VGG-16 trained on ImageNet, else the model on COCO with VOC classes.
         fcn_width: As of `FCN8s`, for "fcn8s" alone.
         fcn_stride: Likewise.
+        fcn_padding: Likewise.
 
     Returns:
         The network, or None for "logits".
@@ -120,7 +126,7 @@ def build_semantic(
     if name == FCN8S:
         from instseg.models.fcn8s import FCN8s
 
-        body: nn.Module = FCN8s(num_labels, fcn_width, fcn_stride)
+        body: nn.Module = FCN8s(num_labels, fcn_width, fcn_stride, fcn_padding)
         if weights is not None:
             body.load_imagenet_weights(weights)  # pyright: ignore[reportCallIssue]
         return SemanticNetwork(body)

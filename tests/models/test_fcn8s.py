@@ -98,14 +98,15 @@ STREAMS = [(32, "score_fr"), (16, "score_fr"), (16, "score_pool4")]
 STREAMS += [(8, name) for name in ("score_fr", "score_pool4", "score_pool3")]
 
 
+@pytest.mark.parametrize("padding", [100, 1])
 @pytest.mark.parametrize(("stride", "stream"), STREAMS)
-def test_every_stream_comes_out_on_the_pixels_that_it_sees(thin: None, stride: int, stream: str) -> None:
+def test_every_stream_comes_out_on_the_pixels_that_it_sees(thin: None, stride: int, stream: str, padding: int) -> None:
     """Coordinates that go in as colours come out as scores, whichever pools they went through.
 
     Convolutions pass on the middle of their window, and pools average: a cell then has the coordinates of the centre
     of what it sees, and bilinear interpolation reproduces them at each pixel if the crops are right.
     """
-    network = FCN8s(2, width=2, stride=stride).eval()
+    network = FCN8s(2, width=2, stride=stride, padding=padding).eval()
     others = {f"score_{name}" for name in ("fr", "pool4", "pool3")} - {stream}
     with torch.no_grad():
         for name, layer in network.named_modules():
