@@ -413,6 +413,28 @@ class EvaluateConfig(AblateConfig):
 
 
 @dataclass(frozen=True)
+class CompareConfig(_Checked):
+    """workflows/compare.py: results that evaluate, ablate and crossvalidate wrote, side by side."""
+
+    # Folders; or MLflow runs by id, by name, or by a filter such as "params.device = 'cpu'". A folder or run with rows
+    # stands for them all, `full` first.
+    results: tuple[str, ...]
+    out: str = "runs/comparison"  # report directory
+    num_resamples: int = 2000  # of the images, behind the intervals
+    num_figures: int = 6  # images that are drawn of each pair, those with the largest changes; 0: none
+    # Allow results on data of different digests, as of another detector, whose images and truth are the same.
+    across_data: bool = False
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(len(self.results) > 0, "results", "folders or MLflow runs", "none")
+        require(len(set(self.results)) == len(self.results), "results", "each once", ", ".join(self.results))
+        positive("num_resamples", self.num_resamples)
+        non_negative("num_figures", self.num_figures)
+
+
+@dataclass(frozen=True)
 class DemoConfig(_Checked):
     """workflows/demo.py: the workflows one after the other, on a generated data set."""
 

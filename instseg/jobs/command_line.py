@@ -21,6 +21,7 @@ except ModuleNotFoundError:
 
 from instseg.config import (
     AblateConfig,
+    CompareConfig,
     DemoConfig,
     EvaluateConfig,
     FetchConfig,
@@ -69,6 +70,12 @@ def ablate() -> None:
 def crossvalidate() -> None:
     """Train once for each of --num-folds parts of a data set, without it, and evaluate all images held out together."""
     _run("crossvalidate", lambda: _parse_training(crossvalidate.__doc__))
+
+
+def compare() -> None:
+    """Compare results: is one better than another, by how much, and on which images?"""
+    options = (tyro.conf.PositionalRequiredArgs,)
+    _run("compare", lambda: tyro.cli(CompareConfig, description=compare.__doc__, config=options))
 
 
 def demo() -> None:

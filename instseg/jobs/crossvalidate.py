@@ -110,7 +110,7 @@ def _pool(config: TrainConfig, row: AblationRow, dataset: PreparedDataset, paren
     records = [record for fold in range(config.num_folds) for record in read_records(_records_path(config, fold, row))]
     evaluation = Evaluation.of(records, dataset.classes)
     out = StoragePath.of(config.out) / row.name
-    paths = write_report(evaluation, out, provenance(asdict(config), dataset.digest))
+    paths = write_report(evaluation, out, provenance(asdict(replace(config, ablation=row.ablation)), dataset.digest))
     params = {"ablation": asdict(row.ablation)}
     with Tracker.start(config.tracking, row.name, params, _TAGS, out / SPOOL, parent) as tracker:
         tracker.log_metrics(evaluation.metrics())

@@ -75,7 +75,7 @@ class Server:
         self._warned = True
 
     def _apply(self, event: dict[str, Any]) -> None:
-        with _quiet():
+        with quiet():
             self._connect()
             match event["op"]:
                 case "start":
@@ -181,7 +181,7 @@ def _is_rejected(error: Exception) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Use MLflow without its log lines, warnings, telemetry and minutes of retries."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")

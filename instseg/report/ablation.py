@@ -58,6 +58,15 @@ _HEAD_ROWS = (
 )
 _ALL_ROWS = (*ROWS[:-1], *_HEAD_ROWS, ROWS[-1])
 
+# The paper's Tables 1 and 2 in their order: AP^r at .5 to .9, AP^r_vol, mean IoU.
+PAPER_COLUMNS = (*(f"{t:.1f}".lstrip("0") for t in TABLE_THRESHOLDS), "vol", "mIoU")
+PAPER_ROWS = {
+    **{row.title: row.paper for row in ROWS[2:]},
+    "SDS (Hariharan et al. 2014)": (43.8, 34.5, 21.3, 8.7, 0.9, np.nan, np.nan),
+    "Chen et al. 2015": (46.3, 38.2, 27.0, 13.5, 2.6, np.nan, np.nan),
+    "PFN (Liang et al. 2015)": (58.7, 51.3, 42.5, 31.2, 15.7, 52.3, np.nan),
+}
+
 
 def rows_of(config: ModelConfig) -> tuple[AblationRow, ...]:
     """The rows that a network has, in the order of the table."""
@@ -71,8 +80,8 @@ def ablation_tables(evaluations: Mapping[str, Evaluation]) -> tuple[str, str]:
         evaluations: Of rows by name; one that is not there is left out.
     """
     num_images = next(iter(evaluations.values())).num_images
-    columns = [*(f"{t:.1f}".lstrip("0") for t in TABLE_THRESHOLDS), "vol", "mIoU"]
-    table = [[f"AP^r [%] (sds), {num_images} images", *columns, *(f"paper {column}" for column in columns)]]
+    columns = (*PAPER_COLUMNS, *(f"paper {column}" for column in PAPER_COLUMNS))
+    table = [[f"AP^r [%] (sds), {num_images} images", *columns]]
     for row in _ALL_ROWS:
         if evaluation := evaluations.get(row.name):
             ours = [*evaluation.row(), 100 * mean_iou(evaluation.confusion_after)]
@@ -92,7 +101,7 @@ def difference_tables(comparisons: Mapping[str, Comparison]) -> tuple[str, str]:
     table = [[f"full - row (95 % interval, {num_resamples} resamples of the images)", "AP^r_vol", "mIoU"]]
     for row in _ALL_ROWS:
         if found := comparisons.get(row.name):
-            table.append([row.title, _interval(found.ap_r_vol), _interval(found.mean_iou)])
+            table.append([row.title, format_interval(found.ap_r_vol), format_interval(found.mean_iou)])
     return "\n".join(align(table)), _markdown(table)
 
 
@@ -110,7 +119,8 @@ def _percent(difference: Difference) -> dict[str, float]:
     return {name: 100 * value for name, value in difference._asdict().items()}
 
 
-def _interval(difference: Difference) -> str:
+def format_interval(difference: Difference) -> str:
+    """In percent, with the 95 % interval; a dash where there is nothing to score."""
     value, low, high = (100 * number for number in difference)
     return "–" if np.isnan(value) else f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
 

@@ -68,7 +68,7 @@ def save_overlay(place: Place, image: np.ndarray, instance_map: InstanceMap, cla
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     colours = PALETTE[choose_colours(instance_map.instances, len(instance_map))]
     show(axes, overlay(image, instance_map.instances, colours))
-    _name_instances(axes, instance_map, classes)
+    name_instances(axes, instance_map, classes)
     save_figure(figure, place)
 
 
@@ -112,7 +112,7 @@ def _draw_row(row: Sequence[Axes], sample: Sample, predicted: InstanceMap, class
         for label in map(int, np.unique(semantic[semantic > 0])):
             write(row[1], semantic == label, classes[label])
     show(row[2], blend(sample.image, predicted.instances, colours))
-    _name_instances(row[2], predicted, classes)
+    name_instances(row[2], predicted, classes)
     for axes in row:
         axes.set_axis_off()
 
@@ -144,7 +144,8 @@ def draw_boxes(axes: Axes, sample: Sample, predicted: InstanceMap, colours: np.n
         axes.text(x0 + 3, y0 + 3, text, size=5.5, color="white", va="top", bbox=box, clip_on=True, **PLAIN)
 
 
-def _name_instances(axes: Axes, predicted: InstanceMap, classes: Sequence[str]) -> None:
+def name_instances(axes: Axes, predicted: InstanceMap, classes: Sequence[str]) -> None:
+    """Write class and score into each instance of a picture."""
     for instance in range(1, len(predicted) + 1):
         label, score = predicted.labels[instance - 1], predicted.scores[instance - 1]
         write(axes, predicted.instances == instance, f"{classes[label]}\n{score:.2f}")

@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 
 from instseg.config import GrabCutConfig, ModelConfig, TrackingConfig
 from instseg.data.foreground import compute_foregrounds
-from instseg.jobs.mlflow_server import _quiet
+from instseg.jobs.mlflow_server import quiet
 from instseg.jobs.tracking import Tracker
 from instseg.models.checkpoint import epoch_folder, save_checkpoint
 from instseg.models.network import InstanceNetwork
@@ -74,7 +74,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_model_is_registered_once(logged: Path) -> None:
-    with _quiet():
+    with quiet():
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=f"sqlite:///{logged}/mlflow.db")
@@ -136,7 +136,7 @@ def check(instances: list[dict[str, Any]], expected: InstanceMap) -> None:
 )
 def test_a_row_that_does_not_do_is_named(tmp_path: Path, change: dict[str, str | None], message: str) -> None:
     network = save(tmp_path)
-    with _quiet():
+    with quiet():
         import pandas as pd
 
         from instseg.jobs.served_model import ServedModel

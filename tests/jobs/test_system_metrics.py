@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import math
 
-from instseg.jobs.mlflow_server import _quiet
+from instseg.jobs.mlflow_server import quiet
 from instseg.jobs.system_metrics import SystemMonitor
 
 
 def test_a_sample_has_the_names_that_mlflow_shows_as_system_metrics() -> None:
-    with _quiet():
+    with quiet():
         monitor = SystemMonitor()
     sample = monitor.sample()
     assert all(name.startswith("system/") and math.isfinite(value) for name, value in sample.items())

@@ -36,7 +36,7 @@ def config(store: Path, request: pytest.FixtureRequest) -> TrackingConfig:
 
 
 def runs_of(config: TrackingConfig) -> list[Any]:
-    with mlflow_server._quiet():
+    with mlflow_server.quiet():
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=resolve_uri(config))
