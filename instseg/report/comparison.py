@@ -57,7 +57,7 @@ def verdict(first: Result, other: Result, comparison: Comparison) -> str:
         return f"Nothing can be said of {other.name}: there is no ground truth in the {num_images}."
     if low <= 0 <= high:
         interval = f"{value:+.1f} AP^r_vol (95 % {low:+.1f} to {high:+.1f}, {num_images})"
-        return f"No difference can be shown: {other.name} has {interval} of {first.name}."
+        return f"No difference can be shown: {other.name} - {first.name} is {interval}."
     word, *numbers = ("better", value, low, high) if value > 0 else ("worse", -value, -high, -low)
     by, least, most = (f"{number:.1f}" for number in numbers)
     return f"{other.name} is {word} than {first.name} by {by} AP^r_vol (95 % {least} to {most}, {num_images})."
@@ -70,7 +70,8 @@ def letters(results: Sequence[Result]) -> list[str]:
 
 def legend(results: Sequence[Result]) -> Table:
     """Which letter is which result."""
-    return [["", "result", "images"], *_rows(results)]
+    named = zip(letters(results), results, strict=True)
+    return [["result", "images"], *([f"{letter}  {result.name}", str(len(result.records))] for letter, result in named)]
 
 
 def metric_table(results: Sequence[Result], comparisons: Sequence[Comparison]) -> Table:
@@ -149,11 +150,6 @@ def comparison_record(results: Sequence[Result], comparisons: Sequence[Compariso
         "settings": {row[0]: row[1:] for row in setting_table(results)[1:]},
         "changes": {other.name: changes(first, other) for other in others},
     }
-
-
-def _rows(results: Sequence[Result]) -> Table:
-    named = zip(letters(results), results, strict=True)
-    return [[letter, result.name, str(len(result.records))] for letter, result in named]
 
 
 def _difference(metric: str, interval: dict[str, float] | None, plain: float) -> str:
