@@ -45,5 +45,6 @@ def write_ablation(evaluations: dict[str, Evaluation], out: StoragePath, tracker
     write_json(out / "ablation.json", rows | {"differences": difference_record(comparisons)})
     for name in ("ablation.md", "ablation.json"):
         tracker.log_artifact(out / name)
+    tracker.log_table([{"row": name, **metrics} for name, metrics in rows.items()], "rows")
     tracker.log_metrics(evaluations["full"].metrics())
     print("\n\n".join(texts))

@@ -14,7 +14,7 @@ from instseg.data.folds import split_folds
 from instseg.evaluation.records import RECORDS, read_records, write_records
 from instseg.jobs.ablate import write_ablation
 from instseg.jobs.cluster import cluster
-from instseg.jobs.evaluate import running_evaluators
+from instseg.jobs.evaluate import log_evaluation, running_evaluators
 from instseg.jobs.roots import check_inputs, check_nodes, check_out
 from instseg.jobs.tracking import SPOOL, Tracker, how_to_open
 from instseg.jobs.train import train
@@ -113,9 +113,7 @@ def _pool(config: TrainConfig, row: AblationRow, dataset: PreparedDataset, paren
     paths = write_report(evaluation, out, provenance(asdict(replace(config, ablation=row.ablation)), dataset.digest))
     params = {"ablation": asdict(row.ablation)}
     with Tracker.start(config.tracking, row.name, params, _TAGS, out / SPOOL, parent) as tracker:
-        tracker.log_metrics(evaluation.metrics())
-        for path in paths:
-            tracker.log_artifact(path)
+        log_evaluation(tracker, evaluation, paths)
     return evaluation
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from operator import attrgetter
@@ -24,7 +24,7 @@ from instseg.models.network import InstanceNetwork
 from instseg.report.pictures import save_panel
 from instseg.report.provenance import commit, provenance
 from instseg.report.reliability import save_reliability
-from instseg.report.tables import Evaluation, summary, write_report
+from instseg.report.tables import Evaluation, per_class, summary, write_report
 from instseg.storage import StoragePath
 
 Config = TypeVar("Config", bound=AblateConfig)
@@ -127,7 +127,17 @@ def evaluate_ablation(
         maps = evaluators.instance_maps(chosen, ablation)
         save_panel(out / "panel.png", [dataset[index] for index in chosen], maps, dataset.classes)
         paths.append(out / "panel.png")
-    tracker.log_metrics(evaluation.metrics() | measured)
+        tracker.log_image(out / "panel.png", "panel", 0, int(time.time() * 1000))
+    tracker.log_input("evaluation", config.data, dataset.digest, len(dataset), "evaluation")
+    log_evaluation(tracker, evaluation, paths, measured)
+    return evaluation, records
+
+
+def log_evaluation(
+    tracker: Tracker, evaluation: Evaluation, paths: Iterable[StoragePath], measured: Mapping[str, float] | None = None
+) -> None:
+    """Record the metrics, and others that were measured, the table of classes, and the files of a report in MLflow."""
+    tracker.log_metrics({**evaluation.metrics(), **(measured or {})})
+    tracker.log_table(per_class(evaluation), "classes")
     for path in paths:
         tracker.log_artifact(path)
-    return evaluation, records

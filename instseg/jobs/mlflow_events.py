@@ -1,4 +1,4 @@
-"""Records of a run that have a form of their own in MLflow: data sets and pictures by step."""
+"""Records of a run that have a form of their own in MLflow: data sets, pictures by step, and tables."""
 
 from __future__ import annotations
 
@@ -47,3 +47,18 @@ def log_image(client: Any, run_id: str, event: Mapping[str, Any]) -> None:
     with StoragePath.of(event["path"]).on_disk() as path, Image.open(path, formats=("PNG",)) as picture:
         options = {"key": event["image"], "step": event["step"], "timestamp": event["time_ms"], "synchronous": True}
         client.log_image(run_id, picture.convert("RGB"), **options)
+
+
+def log_table(client: Any, run_id: str, event: Mapping[str, Any]) -> None:
+    """Log a table, which MLflow shows beside those of that name of other runs; one that is there is not logged again.
+
+    Args:
+        client: An `MlflowClient`.
+        run_id: Whose table it is.
+        event: `table`, `rows`, of `Tracker.log_table`.
+    """
+    file = f"{event['table']}.json"
+    if any(artifact.path == file for artifact in client.list_artifacts(run_id)):  # MLflow would add the rows to it
+        return
+    columns = dict.fromkeys(name for row in event["rows"] for name in row)
+    client.log_table(run_id, {name: [row.get(name) for row in event["rows"]] for name in columns}, file)

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -105,6 +105,10 @@ class Tracker:
     def log_image(self, place: Place, key: str, step: int, time_ms: int) -> None:
         """Add a PNG to the series of pictures that MLflow shows by step, once. It must stay there as an artifact."""
         self._emit(self._event("image", time_ms, path=str(StoragePath.of(place)), image=key, step=step))
+
+    def log_table(self, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+        """Add a table of a run, of which MLflow shows those of one name side by side, once."""
+        self._emit(self._event("table", table=name, rows=list(rows)))
 
     def log_model(self, checkpoint: Place, registered: str) -> None:
         """Log a checkpoint as an MLflow model of the run, and register it as the next version of a name.

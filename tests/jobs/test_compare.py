@@ -133,10 +133,10 @@ def test_what_mlflow_has_not_is_named(tracking: TrackingConfig, tmp_path: Path, 
 
 def test_no_database_is_made(ablation: Path, tmp_path: Path) -> None:
     config = config_of([ablation / "fool"], tmp_path, tracking=TrackingConfig(f"sqlite:///{tmp_path}/none.db"))
-    with pytest.raises(FileNotFoundError, match="no such folder, and no MLflow database .*none.db"):
+    with pytest.raises(FileNotFoundError, match=r"no such folder, and no MLflow database .*none\.db"):
         compare(config)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(JobError, match="MLflow at http://127.0.0.1:9: "):
+    with pytest.raises(JobError, match=r"MLflow at http://127\.0\.0\.1:9: "):
         compare(replace(config, tracking=TrackingConfig("http://127.0.0.1:9")))
 
 
@@ -144,7 +144,7 @@ def test_other_data_is_refused_unless_asked_for(ablation: Path, tmp_path: Path) 
     other = changed(ablation, tmp_path / "other", data_digest="0123456789abcdef")
     config = config_of([ablation / "full", other], tmp_path / "out", num_figures=0)
     with pytest.raises(
-        ValueError, match="expected results on the same data, got those of .* and 0123456789ab; --across"
+        ValueError, match=r"expected results on the same data, got those of .* and 0123456789ab; --across"
     ):
         compare(config)
     assert len(compare(replace(config, across_data=True))) == 1

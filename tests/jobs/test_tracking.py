@@ -224,7 +224,7 @@ def test_the_same_number_of_the_same_moment_is_recorded_once(config: TrackingCon
     assert history(config, runs_of(config)[0].info.run_id, "loss") == [(4, 1.0)]
 
 
-def test_data_and_pictures_are_recorded_once_whether_at_once_or_replayed(
+def test_data_pictures_and_tables_are_recorded_once_whether_at_once_or_replayed(
     config: TrackingConfig, tmp_path: Path
 ) -> None:
     Image.new("RGB", (3, 2), "red").save(tmp_path / "panels.png")
@@ -234,15 +234,19 @@ def test_data_and_pictures_are_recorded_once_whether_at_once_or_replayed(
             tracker.log_input("voc", "s3://bucket/voc", 64 * "b", 5, "validation")
             tracker.log_image(tmp_path / "panels.png", "panels", step=4, time_ms=1_000)
             tracker.log_image(tmp_path / "panels.png", "panels", step=8, time_ms=2_000)
+            tracker.log_table([{"class": "cat", "ap": 1.5}, {"class": "dog", "ap": math.nan, "iou": 2}], "classes")
     (run,) = runs_of(config)
     inputs = {each.tags[0].value: json.loads(each.dataset.profile) for each in run.inputs.dataset_inputs}
     assert inputs == {
         "training": {"num_images": 7, "sha256": 64 * "a"},
         "validation": {"num_images": 5, "sha256": 64 * "b"},
     }
-    folder = Path(unquote(urlparse(run.info.artifact_uri).path)) / "images"
-    names = sorted(path.name.rpartition("+")[0] for path in folder.glob("*.png"))
+    folder = Path(unquote(urlparse(run.info.artifact_uri).path))
+    names = sorted(path.name.rpartition("+")[0] for path in (folder / "images").glob("*.png"))
     assert names == ["panels+step+4+timestamp+1000", "panels+step+8+timestamp+2000"]
+    table = json.loads((folder / "classes.json").read_text())
+    assert table == {"columns": ["class", "ap", "iou"], "data": [["cat", 1.5, None], ["dog", None, 2.0]]}
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "classes.json", "type": "table"}]
 
 
 def test_a_deleted_experiment_is_named_and_keeps_the_spool(
