@@ -62,3 +62,6 @@ def log_table(client: Any, run_id: str, event: Mapping[str, Any]) -> None:
         return
     columns = dict.fromkeys(name for row in event["rows"] for name in row)
     client.log_table(run_id, {name: [row.get(name) for row in event["rows"]] for name in columns}, file)
+
+
+LOG = {"input": log_input, "image": log_image, "table": log_table}

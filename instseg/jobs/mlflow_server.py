@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from instseg.config import TrackingConfig
-from instseg.jobs.mlflow_events import log_image, log_input, log_table
+from instseg.jobs.mlflow_events import LOG
 from instseg.jobs.mlflow_model import log_model
 from instseg.storage import StoragePath
 
@@ -84,12 +84,8 @@ class Server:
                     self._log_metrics(event)
                 case "artifact":
                     self._log_artifact(event)
-                case "input":
-                    log_input(self._client, self._run_id(event["key"]), event)
-                case "image":
-                    log_image(self._client, self._run_id(event["key"]), event)
-                case "table":
-                    log_table(self._client, self._run_id(event["key"]), event)
+                case "input" | "image" | "table" as kind:
+                    LOG[kind](self._client, self._run_id(event["key"]), event)
                 case "model":
                     place, run_id = StoragePath.of(event["path"]), self._run_id(event["key"])
                     log_model(self._client, self._experiment_id, run_id, place, event["registered"])
