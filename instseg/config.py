@@ -55,9 +55,9 @@ class SemanticCrfConfig(_Checked):
     bilateral_weight: float = 3.0
     # "decoupled": w_x moves pixels and w_y moves Y; "tied": the literal Eq. 2, where w_y serves as its one weight w.
     detection_form: DetectionForm = "decoupled"
-    detection_weight_x: float = 2.0
-    detection_weight_y: float = 8.0
-    validity_unary: ValidityUnary = "logit"
+    detection_weight_x: float = 2.0  # w_x
+    detection_weight_y: float = 8.0  # w_y
+    validity_unary: ValidityUnary = "logit"  # Y_d starts at the log-odds of its prior s, or at 2s - 1
     num_iterations: int = 5  # 0 leaves the network's probabilities and the detector's scores as they are
 
     def __post_init__(self) -> None:
@@ -92,8 +92,8 @@ class ModelConfig(_Checked):
     # Learn F_d and the prior of Y_d from each detection's crop, and let F_d stand for B_d in Eq. 4. Else F_d is that of
     # the data, the prior is the detector's score, and Eq. 4 is the paper's.
     detection_head: bool = False
-    semantic_crf: SemanticCrfConfig = field(default_factory=SemanticCrfConfig)
-    instance_crf: InstanceCrfConfig = field(default_factory=InstanceCrfConfig)
+    semantic_crf: SemanticCrfConfig = field(default_factory=SemanticCrfConfig)  # paper 3.2
+    instance_crf: InstanceCrfConfig = field(default_factory=InstanceCrfConfig)  # paper 3.3, Eq. 5
     background: Background = "rescored"  # channel d0 inside boxes, ALGORITHM section 4
     map_weight: float = 0.05  # exponent of Q_i(l_k) in Eq. 4 where a detection head's F_d stands for B_d; else 1
     score: Score = "validity"  # what instances are ranked by, ALGORITHM section 6
@@ -182,9 +182,8 @@ class PrepareConfig(_Checked):
     # "voc", or a text file, one foreground class a line; default: the 20 VOC classes, which are those of --sbd, or all
     # of --coco
     classes: str | None = None
-    min_pixels: int = (
-        0  # of --coco: images with fewer pixels of the classes are left out; the paper's training set: 200
-    )
+    # Of --coco: images with fewer pixels of the classes are left out; the paper's training set: 200.
+    min_pixels: int = 0
     detections: str | None = None  # COCO results JSON
     detector: str | None = None  # instead: a Faster R-CNN of torchvision by name, to be run
     detector_weights: str = "default"  # "default": torchvision's, of COCO; or a state dict, .safetensors or .pth
@@ -294,10 +293,10 @@ class TrainConfig(_Checked):
     train_through: TrainThrough = "instance_crf"
     # A checkpoint or run directory. Tensors that it has, those of the CRFs included, replace the initial ones by name.
     start_from: str | None = None
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    num_epochs: int = 1
+    augment: AugmentConfig = field(default_factory=AugmentConfig)  # random views; each is off by default
+    validation: ValidationConfig = field(default_factory=ValidationConfig)  # beside training, on checkpoints
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)  # where MLflow records the run
+    num_epochs: int = 1  # in all, those that a run directory has already included
     num_head_epochs: int = 0  # the first of them, or all if they are fewer, train the detection head alone and are fast
     # A step takes num_workers * images_per_worker * accumulate images, of which the losses are averaged. "2:8" workers
     # are as many as there is room for, from 2 to 8, which may change when workers are lost or nodes join; each change
@@ -320,8 +319,8 @@ class TrainConfig(_Checked):
     frozen_stages: int = 0  # the first of VGG-16's five stages of convolutions, which stay as they are
     # "cosine" falls to 0 at the last step of `num_epochs`, which therefore stays the same when a run is continued.
     learning_rate_schedule: Literal["cosine", "constant"] = "cosine"
-    semantic_loss_weight: float = 0.1
-    instance_loss_weight: float = 1.0
+    semantic_loss_weight: float = 0.1  # of the loss of the semantic segmentation
+    instance_loss_weight: float = 1.0  # of that of the instances
     instance_loss: InstanceLoss = "iou"  # a mean over matched instances, or the cross-entropy over pixels
     probability_floor: float = 0.2  # no pixel costs more than -log of it, in nats; 0 is the plain log-loss
     seed: int = 0
@@ -392,7 +391,7 @@ class AblateConfig(_Checked):
     checkpoint: str | None = None  # checkpoint or run directory; default: the hand-set weights of `model`
     # What is run. None: what the checkpoint was trained with, or `ModelConfig()` without one.
     model: ModelConfig | None = None
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)  # where MLflow records the run
     device: Device = "auto"  # "gpu": actors share the GPUs; "auto": that if there is one, else CPUs
     num_actors: int | None = None  # default: one per CPU, with GPUs one per CPU of the nodes that have some
     num_figures: int = 6  # rows of the figure-3 panel
@@ -424,7 +423,7 @@ class CompareConfig(_Checked):
     num_figures: int = 6  # images that are drawn of each pair, those with the largest changes; 0: none
     # Allow results on data of different digests, as of another detector, whose images and truth are the same.
     across_data: bool = False
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)  # where MLflow recorded the runs
 
     def __post_init__(self) -> None:
         super().__post_init__()

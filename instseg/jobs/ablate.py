@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from instseg.config import AblateConfig, EvaluateConfig, ModelConfig
 from instseg.data.dataset import PreparedDataset
+from instseg.jobs.ending import command, end
 from instseg.jobs.evaluate import evaluate_ablation, running_evaluators, start_tracker
 from instseg.jobs.roots import check_inputs
-from instseg.jobs.tracking import Tracker, how_to_open
+from instseg.jobs.tracking import Tracker
 from instseg.report.ablation import ablation_tables, compare_rows, difference_record, difference_tables, rows_of
 from instseg.report.tables import Evaluation, write_json
 from instseg.storage import StoragePath
@@ -32,7 +33,7 @@ def ablate(config: AblateConfig) -> dict[str, Evaluation]:
                     of_row, row.ablation, dataset, evaluators, out / row.name, tracker
                 )
         write_ablation(evaluations, out, parent)
-    print(f"\nreport: {config.out}\nMLflow: {how_to_open(config.tracking)}")
+    end(out, ("ablation.md",), [command("compare", str(out))], config.tracking)
     return evaluations
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
+from inspect import getdoc
 from typing import Any, TypeVar
 
 try:
@@ -38,49 +39,76 @@ Config = TypeVar("Config", bound=AblateConfig)
 
 
 def fetch() -> None:
-    """Download PASCAL VOC, SBD and COCO: resumed, checked, safely unpacked into the folders that prepare reads."""
-    _run("fetch", lambda: tyro.cli(FetchConfig, description=fetch.__doc__))
+    """Download PASCAL VOC, SBD and COCO: resumed, checked, safely unpacked into the folders that prepare reads.
+
+    Example: workflows/fetch.py --out data --datasets voc sbd
+    """
+    _run("fetch", lambda: tyro.cli(FetchConfig, description=getdoc(fetch)))
 
 
 def prepare() -> None:
-    """Prepare a data directory: images, ground truth, logits and detections with foregrounds, as Parquet shards."""
-    _run("prepare", lambda: tyro.cli(PrepareConfig, description=prepare.__doc__))
+    """Prepare a data directory: images, ground truth, logits and detections with foregrounds, as Parquet shards.
+
+    Example: workflows/prepare.py --images photographs --detector fasterrcnn_resnet50_fpn --out runs/photographs
+    """
+    _run("prepare", lambda: tyro.cli(PrepareConfig, description=getdoc(prepare)))
 
 
 def inspect() -> None:
-    """Look at a prepared data directory: what is in it, and a contact sheet of random images."""
-    _run("inspect", lambda: tyro.cli(InspectConfig, description=inspect.__doc__))
+    """Look at a prepared data directory: what is in it, and a contact sheet of random images.
+
+    Example: workflows/inspect.py --data runs/voc/val --out runs/look
+    """
+    _run("inspect", lambda: tyro.cli(InspectConfig, description=getdoc(inspect)))
 
 
 def train() -> None:
-    """Train on a prepared data directory: checkpoints and an MLflow run."""
-    _run("train", lambda: _parse_training(train.__doc__))
+    """Train on a prepared data directory: checkpoints and an MLflow run.
+
+    Example: workflows/train.py --data runs/voc/train --out runs/voc/run
+    """
+    _run("train", lambda: _parse_training(getdoc(train)))
 
 
 def evaluate() -> None:
-    """Evaluate a network on a prepared data set: AP^r and mean IoU, a report and an MLflow run."""
-    _run("evaluate", lambda: _parse_evaluation(EvaluateConfig, evaluate.__doc__))
+    """Evaluate a network on a prepared data set: AP^r and mean IoU, a report and an MLflow run.
+
+    Example: workflows/evaluate.py --data runs/voc/val --checkpoint runs/voc/run --out runs/voc/evaluation
+    """
+    _run("evaluate", lambda: _parse_evaluation(EvaluateConfig, getdoc(evaluate)))
 
 
 def ablate() -> None:
-    """Evaluate the rows of the paper's Table 1, and two simpler methods, side by side."""
-    _run("ablate", lambda: _parse_evaluation(AblateConfig, ablate.__doc__))
+    """Evaluate the rows of the paper's Table 1, and two simpler methods, side by side.
+
+    Example: workflows/ablate.py --data runs/voc/val --checkpoint runs/voc/run --out runs/voc/ablation
+    """
+    _run("ablate", lambda: _parse_evaluation(AblateConfig, getdoc(ablate)))
 
 
 def crossvalidate() -> None:
-    """Train once for each of --num-folds parts of a data set, without it, and evaluate all images held out together."""
-    _run("crossvalidate", lambda: _parse_training(crossvalidate.__doc__))
+    """Train once for each of --num-folds parts of a data set, without it, and evaluate all images held out together.
+
+    Example: workflows/crossvalidate.py --data runs/voc/trainval --out runs/voc/folds --num-folds 5
+    """
+    _run("crossvalidate", lambda: _parse_training(getdoc(crossvalidate)))
 
 
 def compare() -> None:
-    """Compare results: is one better than another, by how much, and on which images?"""
+    """Compare results: is one better than another, by how much, and on which images?
+
+    Example: workflows/compare.py runs/voc/evaluation runs/another/evaluation
+    """
     options = (tyro.conf.PositionalRequiredArgs,)
-    _run("compare", lambda: tyro.cli(CompareConfig, description=compare.__doc__, config=options))
+    _run("compare", lambda: tyro.cli(CompareConfig, description=getdoc(compare), config=options))
 
 
 def demo() -> None:
-    """The whole system on a generated data set, in minutes on two cores: prepare, train, ablate."""
-    _run("demo", lambda: tyro.cli(DemoConfig, description=demo.__doc__))
+    """The whole system on a generated data set, in minutes on two cores: prepare, train, ablate.
+
+    Example: workflows/demo.py --out runs/demo
+    """
+    _run("demo", lambda: tyro.cli(DemoConfig, description=getdoc(demo)))
 
 
 def _run(job: str, parse: Callable[[], Any]) -> None:
@@ -114,8 +142,8 @@ def _parse_training(description: str | None) -> TrainConfig:
     """The recipe decides what the other options default to, so it is read before them."""
     name, arguments = _taken("--recipe")
     recipe = find_recipe(name or RECIPES[0].__name__)
-    recipes = "; ".join(f"{recipe.__name__}: {recipe.__doc__}" for recipe in RECIPES)
-    description = f"{description} --recipe NAME (default {RECIPES[0].__name__}) sets the defaults below. {recipes}"
+    recipes = "\n".join(f"  {(getdoc(recipe) or '').splitlines()[0]}" for recipe in RECIPES)
+    description = f"{description}\n\n--recipe NAME (default {RECIPES[0].__name__}) sets the defaults below:\n{recipes}"
     default = recipe(tyro.MISSING, tyro.MISSING)
     return tyro.cli(TrainConfig, default=default, description=description, args=arguments)
 
@@ -132,7 +160,7 @@ def _parse_evaluation(kind: type[Config], description: str | None) -> Config:
             _refuse(f"--model.{name}", arguments, f"has no effect beside the trained weights of {checkpoint.folder}")
         model = from_json(ModelConfig, checkpoint.config["model"])
         default = replace(default, checkpoint=str(checkpoint.folder), model=model)
-    description = f"{description} --checkpoint sets the defaults of --model to what it was trained with."
+    description = f"{description}\n\n--checkpoint sets the defaults of --model to what it was trained with."
     return tyro.cli(
         kind, default=default, description=description, args=arguments, config=(tyro.conf.AvoidSubcommands,)
     )

@@ -8,6 +8,7 @@ from instseg.config import CompareConfig
 from instseg.data.voc import BACKGROUND_NAME, VOC_CLASSES
 from instseg.evaluation.significance import Comparison
 from instseg.evaluation.significance import compare as compare_records
+from instseg.jobs.ending import command, end
 from instseg.jobs.results import find_results
 from instseg.jobs.roots import check_out
 from instseg.report.comparison import (
@@ -56,8 +57,16 @@ def compare(config: CompareConfig) -> dict[str, Comparison]:
     sections = [Section(title, table) for title, table in tables.items()]
     sections += _pictures(config, results, out)
     save_comparison_page(out / "comparison.html", verdicts, sections)
-    print(f"\nreport: {out / 'comparison.html'}")
+    end(out, ("comparison.html", "comparison.json"), [_next(results)])
     return {other.name: found for other, found in zip(others, comparisons, strict=True)}
+
+
+def _next(results: Sequence[Result]) -> str:
+    """What limits the best; after a cross-validation, its training on all images."""
+    best = max(results, key=lambda result: result.metrics["ap_r_vol"]).content["config"]
+    if "checkpoint" not in best:
+        return command("train", data=best["data"], out="FOLDER")
+    return command("evaluate", "--diagnose", data=best["data"], checkpoint=best["checkpoint"], out="FOLDER")
 
 
 def _check_data(results: Sequence[Result], across_data: bool) -> None:

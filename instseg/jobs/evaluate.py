@@ -15,16 +15,17 @@ from instseg.evaluation.ap_r import ImageRecord
 from instseg.jobs.cluster import cluster, cluster_nodes
 from instseg.jobs.devices import describe, plan_evaluators
 from instseg.jobs.diagnose import diagnose
+from instseg.jobs.ending import command, end
 from instseg.jobs.evaluators import Evaluators
 from instseg.jobs.roots import check_inputs, check_nodes, check_out
-from instseg.jobs.tracking import SPOOL, Tracker, how_to_open
+from instseg.jobs.tracking import SPOOL, Tracker
 from instseg.jobs.validate import informative
 from instseg.models.checkpoint import INITIAL_WEIGHTS, check_classes, find_checkpoint, from_json
 from instseg.models.network import InstanceNetwork
 from instseg.report.pictures import save_panel
 from instseg.report.provenance import commit, provenance
 from instseg.report.reliability import save_reliability
-from instseg.report.tables import Evaluation, per_class, summary, write_report
+from instseg.report.tables import REPORT, Evaluation, per_class, summary, write_report
 from instseg.storage import StoragePath
 
 Config = TypeVar("Config", bound=AblateConfig)
@@ -49,7 +50,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         text = summary(evaluation)
         if config.diagnose:
             text += f"\n\n{diagnose(config, dataset, evaluators, records, tracker)}"
-    print(f"{text}\n\nreport: {config.out}\nMLflow: {how_to_open(config.tracking)}")
+    print(text)
+    end(out, (REPORT,), [command("compare", str(out), "FOLDER")], config.tracking)
     return evaluation
 
 

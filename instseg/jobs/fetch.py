@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +11,12 @@ from instseg.config import DataSetName, FetchConfig
 from instseg.data.archives import extract, read_members
 from instseg.data.published import DATA_SETS, DataSet, PublishedFile
 from instseg.jobs.download import check_space, download, verify
+from instseg.jobs.ending import command, end
 from instseg.jobs.progress import progress
 from instseg.jobs.roots import check_out
 from instseg.storage import StoragePath
 
+DETECTOR = "fasterrcnn_resnet50_fpn"  # of the command that comes next
 ARCHIVES = "archives"  # where downloads go, in the folder of all data sets
 
 
@@ -41,9 +44,12 @@ def fetch(config: FetchConfig, data_sets: Mapping[DataSetName, DataSet] = DATA_S
             archive.unlink()
     if not missing:
         print(f"nothing to do: {', '.join(config.datasets)} are in {out}", flush=True)
-    for name in config.datasets:
-        options = data_sets[name].options.format(out=config.out)
-        print(f"next, with detections and an --out: workflows/prepare.py {options}", flush=True)
+    end(out, following=[_prepare(data_sets[name], config.out) for name in config.datasets])
+
+
+def _prepare(data_set: DataSet, out: str) -> str:
+    options = shlex.split(data_set.options.format(out=shlex.quote(out)))
+    return command("prepare", *options, detector=DETECTOR, out="FOLDER")
 
 
 def _local_folders(config: FetchConfig) -> list[Path]:

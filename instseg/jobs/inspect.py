@@ -9,6 +9,7 @@ from instseg.config import InspectConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.data.files import digest
 from instseg.data.summary import DataSummary
+from instseg.jobs.ending import command, end
 from instseg.jobs.roots import check_inputs, check_out
 from instseg.report.cells import Cell
 from instseg.report.contact_page import save_contact_page
@@ -35,7 +36,8 @@ def inspect(config: InspectConfig) -> DataSummary:
     ]
     save_contact_sheet(out / "contact_sheet.png", cells, dataset.classes)
     save_contact_page(out / "contact_sheet.html", str(dataset.root), cells, dataset.classes, tables)
-    print(f"\ncontact sheet of {len(cells)} images: {out / 'contact_sheet.png'}, {out / 'contact_sheet.html'}")
+    print(f"\ncontact sheet of {len(cells)} images")
+    end(out, ("contact_sheet.png", "contact_sheet.html"), [command("train", data=dataset.root, out="FOLDER")])
     return summary
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from instseg.data.quarantine import QUARANTINE, QuarantineRow, check_share, read
 from instseg.data.shards import ShardPlan, ShardReport, ShardTask
 from instseg.data.stages import Draft, foreground, read, write
 from instseg.jobs.cluster import cluster
+from instseg.jobs.ending import command, end
 from instseg.jobs.networks import describe_networks, stages_of, through_networks
 from instseg.jobs.progress import progress
 from instseg.jobs.roots import check_inputs, check_nodes, check_out
@@ -177,8 +177,8 @@ def _check_quarantine(rows: list[QuarantineRow], num_images: int, max_quarantine
 def _show(config: PrepareConfig, dataset: PreparedDataset) -> None:
     """The contact sheet, or how to get it."""
     if config.contact_sheet is None:
-        data = shlex.quote(str(dataset.root))
-        print(f"counts and a contact sheet of it: workflows/inspect.py --data {data} --out FOLDER", flush=True)
+        following = [command(name, data=dataset.root, out="FOLDER") for name in ("inspect", "train")]
+        end(dataset.root, following=following)
         return
     from instseg.jobs.inspect import inspect  # draws, for which it imports what the other runs go without
 

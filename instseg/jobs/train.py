@@ -13,6 +13,7 @@ from instseg.data.dataset import PreparedDataset
 from instseg.data.folds import training_images
 from instseg.jobs.cluster import cluster, cluster_nodes
 from instseg.jobs.devices import describe, training_device
+from instseg.jobs.ending import command, end
 from instseg.jobs.roots import check_inputs, check_nodes, check_out
 from instseg.jobs.tracking import SPOOL, Tracker
 from instseg.jobs.train_checks import (
@@ -85,7 +86,10 @@ def train(config: TrainConfig, parent: Tracker | None = None) -> StoragePath:
                 for record in catch_up(run, config.validation):
                     print(in_words(record), flush=True)
     checkpoint = find_checkpoint(run)
-    print(f"latest checkpoint: {checkpoint.folder}", flush=True)
+    if parent is None:
+        data = config.validation.data or "FOLDER"
+        following = command("evaluate", data=data, checkpoint=run, out="FOLDER")
+        end(checkpoint.folder, following=[following], tracking=config.tracking)
     return checkpoint.folder
 
 

@@ -19,6 +19,7 @@ from instseg.evaluation.semantic import label_iou, mean_iou, total
 from instseg.storage import Place, StoragePath
 
 RULES: tuple[MatchingRule, ...] = get_args(MatchingRule)
+REPORT = "report.txt"
 SCORE_TITLES = {"detector_score": "detector score", "validity": "Pr(Y)"}
 TABLE_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)  # the columns of the paper's tables
 
@@ -141,7 +142,7 @@ def align(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def write_report(evaluation: Evaluation, out: Place, provenance: dict[str, Any]) -> list[StoragePath]:
-    """Write results.json, per_class.csv, report.txt and records.arrow into `out`; their paths."""
+    """Write results.json, per_class.csv, REPORT and records.arrow into `out`; their paths."""
     root = StoragePath.of(out)
     rows = per_class(evaluation)
     columns = list(rows[-1])
@@ -160,9 +161,9 @@ def write_report(evaluation: Evaluation, out: Place, provenance: dict[str, Any])
     unseen = [f"ap_r_{t}" for t in THRESHOLDS if t not in TABLE_THRESHOLDS]
     table = _cells(rows, [column for column in columns if column not in unseen])
     text = "\n".join([summary(evaluation), "", *align(table)])
-    (root / "report.txt").publish(f"{text}\n".encode())
+    (root / REPORT).publish(f"{text}\n".encode())
     write_records(root / RECORDS, evaluation.records)
-    return [root / name for name in ("results.json", "per_class.csv", "report.txt", RECORDS)]
+    return [root / name for name in ("results.json", "per_class.csv", REPORT, RECORDS)]
 
 
 def _reliability(found: Calibration) -> list[dict[str, float]]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -21,6 +24,7 @@ from instseg.jobs import command_line
 from instseg.jobs.cluster import JobError
 from instseg.models.checkpoint import save_checkpoint
 from instseg.models.network import InstanceNetwork
+from tests.jobs.ending import parsed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.py"))
@@ -154,7 +158,7 @@ def test_help_needs_no_heavy_imports(tmp_path: Path) -> None:
         "        command()\n"
         "    except SystemExit:\n"
         "        pass\n"
-        "for name in ('fetch', 'prepare', 'inspect', 'train', 'evaluate', 'ablate', 'crossvalidate', 'demo'):\n"
+        f"for name in {[path.stem for path in WORKFLOWS]}:\n"
         "    leave(getattr(command_line, name), '--help')\n"
         "leave(command_line.evaluate, '--dota', 'd')\n"
         "print('imported', *{'torch', 'ray', 'mlflow'} & sys.modules.keys())\n"
@@ -163,6 +167,17 @@ def test_help_needs_no_heavy_imports(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "imported", done.stdout + done.stderr
     for option in ("--devkit", "--recipe", "--num-actors", "--model.semantic-crf.kernels.accuracy"):
         assert option in done.stdout
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_every_help_has_an_example_that_can_be_typed(
+    path: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "runs/voc/run/checkpoints/epoch_0001")
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"^Example: (.*)$", inspect.getdoc(getattr(command_line, path.stem)) or "", re.MULTILINE)
+    assert example.startswith(f"workflows/{path.name} ")
+    assert parsed(example).out
 
 
 def test_scripts_and_console_commands_are_the_same() -> None:

@@ -18,6 +18,7 @@ from instseg.jobs.tracking import Tracker
 from instseg.models.network import InstanceNetwork
 from instseg.report.tables import Evaluation, write_report
 from tests.jobs.alone import records_alone
+from tests.jobs.ending import check_ending
 
 ROWS = {"identification": Ablation(identification=False), "full": FULL}
 pytestmark = pytest.mark.usefixtures("without_shape_checks")  # which take longer than the bootstrap
@@ -86,6 +87,7 @@ def test_two_folders(ablation: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert settings == [["ablation.identification", "False", "True"]]
     assert "the paper" not in said.out  # whose classes are others
     assert not said.err
+    assert check_ending(said.out)[1][0].diagnose
     assert (tmp_path / "images_B.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "comparison.html").read_text()
     assert first in page

@@ -41,6 +41,7 @@ from instseg.report.ablation import ROWS
 from instseg.report.tables import Evaluation, summary
 from instseg.structures import Sample
 from tests.jobs.alone import records_alone
+from tests.jobs.ending import check_ending
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -138,7 +139,7 @@ def test_evaluate_reports_and_records(evaluated: Evaluated) -> None:
     assert (out / "per_class.csv").read_text().startswith("class,num_instances,ap_r_0.1")
     assert (out / "panel.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "report.txt").read_text().splitlines()[2] in printed
-    assert config.out in printed
+    assert check_ending(printed)[1][0].results == (config.out, "FOLDER")
     assert "evaluating 7 images with 2 actors on CPUs; the cluster has 2 CPUs and 0 GPUs on 1 node" in printed
     assert "mlflow ui --backend-store-uri" in printed
     run = runs_of(config)["report"]
@@ -199,6 +200,7 @@ def test_ablate_puts_the_rows_side_by_side(config: EvaluateConfig, capsys: pytes
     assert len(table) == 2 + len(ROWS) + 1 + 2 + len(ROWS) - 1
     assert "| 53.1 | 75.3 |" in table[1 + len(ROWS)]
     printed = capsys.readouterr().out
+    assert check_ending(printed)[0] == [out / "ablation.md"]
     assert "full - row (95 % interval, 2000 resamples of the images)" in printed
     written = json.loads((out / "ablation.json").read_text())
     assert written["full"] == pytest.approx(rows["full"].metrics())

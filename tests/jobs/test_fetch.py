@@ -23,6 +23,7 @@ from instseg.data.voc import open_devkit
 from instseg.jobs import download as download_module
 from instseg.jobs import fetch as module
 from instseg.jobs.fetch import fetch
+from tests.jobs.ending import check_ending
 from tests.jobs.file_server import FileServer, serve
 
 VOC, SBD = "VOCtrainval_11-May-2012.tar", "benchmark.tgz"
@@ -143,10 +144,11 @@ def test_what_data_sets_share_is_downloaded_once(server: FileServer, tmp_path: P
 
 def test_the_next_command_is_printed(server: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(server, tmp_path, "coco-val2017")
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        "next, with detections and an --out: workflows/prepare.py "
-        f"--coco {tmp_path}/coco/annotations/instances_val2017.json --images {tmp_path}/coco/val2017"
-    )
+    places, (following,) = check_ending(capsys.readouterr().out)
+    assert places == [tmp_path]
+    coco = tmp_path / "coco"
+    expected = (str(coco / "annotations/instances_val2017.json"), str(coco / "val2017"), "fasterrcnn_resnet50_fpn")
+    assert (following.coco, following.images, following.detector) == expected
 
 
 def test_a_second_run_has_nothing_to_do(server: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,7 @@ from PIL import Image
 
 from instseg.config import InspectConfig
 from instseg.jobs.inspect import choose, inspect
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.jobs.ending import check_ending
 
 
 def test_a_look_counts_all_images_and_shows_some(
@@ -26,6 +25,7 @@ def test_a_look_counts_all_images_and_shows_some(
     assert re.search(r"^images +7$", said, re.MULTILINE)
     assert re.search(r"^all +14 +8$", said, re.MULTILINE)
     assert "contact sheet of 4 images" in said
+    check_ending(said)
     with Image.open(tmp_path / "new/out/contact_sheet.png") as picture:
         assert picture.format == "PNG"
     page = (tmp_path / "new/out/contact_sheet.html").read_text()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instseg.config import GrabCutConfig, PrepareConfig
+from instseg.config import GrabCutConfig, InspectConfig, PrepareConfig, TrainConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.data.quarantine import read_quarantine
 from instseg.data.synthetic import write_synthetic_devkit
@@ -23,6 +22,7 @@ from instseg.data.voc import open_devkit
 from instseg.jobs import sources
 from instseg.jobs.prepare import prepare
 from tests.jobs.conftest import deadly
+from tests.jobs.ending import check_ending
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_IMAGES, SHARD_SIZE = 10, 4
@@ -110,13 +110,14 @@ def test_the_end_shows_what_was_prepared_or_how_to_see_it(
     devkit: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare(_config(devkit, prepared))
-    told = shlex.split(capsys.readouterr().out.splitlines()[-1].partition(": ")[2])
-    assert told == ["workflows/inspect.py", "--data", str(prepared), "--out", "FOLDER"]
-    assert (REPOSITORY / told[0]).is_file()
+    places, following = check_ending(capsys.readouterr().out)
+    assert places == [prepared]
+    assert [(type(config), config.data) for config in following] == [
+        (kind, str(prepared)) for kind in (InspectConfig, TrainConfig)
+    ]
     prepare(_config(devkit, prepared, contact_sheet=str(tmp_path / "sheet")))
     sheet = tmp_path / "sheet" / "contact_sheet.png"
-    assert str(sheet) in capsys.readouterr().out.splitlines()[-1]
-    assert sheet.is_file()
+    assert check_ending(capsys.readouterr().out)[0][0] == sheet
     page = sheet.with_suffix(".html").read_text()
     assert [f"<h2>scene_{index:05d}</h2>" in page for index in range(NUM_IMAGES)] == [True] * NUM_IMAGES
 

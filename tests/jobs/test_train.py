@@ -37,6 +37,7 @@ from instseg.storage import StoragePath
 from tests.conftest import REPOSITORY
 from tests.jobs import train_and_die
 from tests.jobs.conftest import NUM_IMAGES
+from tests.jobs.ending import check_ending
 from tests.jobs.local_training import patch_ray
 from tests.jobs.train_and_die import KILL_DRIVER, KILL_WORKER
 
@@ -159,7 +160,10 @@ def test_validated_beside_training(finished: TrainConfig, said: io.StringIO) -> 
 def test_a_finished_run_is_left_alone(finished: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
     before = tensors_of(Path(finished.out))
     train(finished)
-    assert "nothing to do" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "nothing to do" in said
+    places, (following,) = check_ending(said)
+    assert following.checkpoint == str(places[0])
     assert tensors_of(Path(finished.out)) == before
 
 
