@@ -7,7 +7,7 @@ from instseg.data.dataset import PreparedDataset
 from instseg.jobs.ending import command, end
 from instseg.jobs.evaluate import evaluate_ablation, running_evaluators, start_tracker
 from instseg.jobs.roots import check_inputs
-from instseg.jobs.tracking import Tracker
+from instseg.jobs.tracking import Tracker, how_to_open
 from instseg.report.ablation import ablation_tables, compare_rows, difference_record, difference_tables, rows_of
 from instseg.report.tables import Evaluation, write_json
 from instseg.storage import StoragePath
@@ -33,7 +33,7 @@ def ablate(config: AblateConfig) -> dict[str, Evaluation]:
                     of_row, row.ablation, dataset, evaluators, out / row.name, tracker
                 )
         write_ablation(evaluations, out, parent)
-    end(out, ("ablation.md",), [command("compare", str(out))], config.tracking)
+    end(out, ("ablation.md",), [command("compare", str(out))], how_to_open(config.tracking))
     return evaluations
 
 

@@ -17,7 +17,7 @@ from instseg.jobs.cluster import cluster
 from instseg.jobs.ending import command, end
 from instseg.jobs.evaluate import log_evaluation, running_evaluators
 from instseg.jobs.roots import check_inputs, check_nodes, check_out
-from instseg.jobs.tracking import SPOOL, Tracker
+from instseg.jobs.tracking import SPOOL, Tracker, how_to_open
 from instseg.jobs.train import train
 from instseg.jobs.train_checks import check_data, check_model, check_same_settings, training_settings
 from instseg.report.ablation import AblationRow, rows_of
@@ -61,7 +61,7 @@ def crossvalidate(config: TrainConfig) -> dict[str, Evaluation]:
         _run_folds(config, dataset, folds, parent)
         evaluations = {row.name: _pool(config, row, dataset, parent) for row in rows_of(config.model)}
         write_ablation(evaluations, out, parent)
-    end(out, ("ablation.md",), [command("compare", str(out))], config.tracking)
+    end(out, ("ablation.md",), [command("compare", str(out))], how_to_open(config.tracking))
     return evaluations
 
 

@@ -5,26 +5,22 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from instseg.config import TrackingConfig
-from instseg.jobs.tracking import how_to_open
 from instseg.storage import Place, StoragePath
 
 
-def end(
-    out: Place, files: Sequence[str] = (), following: Sequence[str] = (), tracking: TrackingConfig | None = None
-) -> None:
+def end(out: Place, files: Sequence[str] = (), following: Sequence[str] = (), mlflow: str | None = None) -> None:
     """Print them.
 
     Args:
         out: Where the results are.
         files: In `out`, those that a person looks at; default: `out` itself.
         following: Commands, of `command`.
-        tracking: Where MLflow has recorded the run, if it has.
+        mlflow: How to open it, if it has recorded the run.
     """
     root = StoragePath.of(out)
     print(f"\nresults: {' '.join(shlex.quote(str(root / file)) for file in files) or shlex.quote(str(root))}")
-    if tracking is not None:
-        print(f"MLflow:  {how_to_open(tracking)}")
+    if mlflow is not None:
+        print(f"MLflow:  {mlflow}")
     for line in following:
         print(f"next:    {line}", flush=True)
 

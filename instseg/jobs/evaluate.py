@@ -18,7 +18,7 @@ from instseg.jobs.diagnose import diagnose
 from instseg.jobs.ending import command, end
 from instseg.jobs.evaluators import Evaluators
 from instseg.jobs.roots import check_inputs, check_nodes, check_out
-from instseg.jobs.tracking import SPOOL, Tracker
+from instseg.jobs.tracking import SPOOL, Tracker, how_to_open
 from instseg.jobs.validate import informative
 from instseg.models.checkpoint import INITIAL_WEIGHTS, check_classes, find_checkpoint, from_json
 from instseg.models.network import InstanceNetwork
@@ -51,7 +51,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         if config.diagnose:
             text += f"\n\n{diagnose(config, dataset, evaluators, records, tracker)}"
     print(text)
-    end(out, (REPORT,), [command("compare", str(out), "FOLDER")], config.tracking)
+    end(out, (REPORT,), [command("compare", str(out), "FOLDER")], how_to_open(config.tracking))
     return evaluation
 
 

@@ -15,7 +15,7 @@ from instseg.jobs.cluster import cluster, cluster_nodes
 from instseg.jobs.devices import describe, training_device
 from instseg.jobs.ending import command, end
 from instseg.jobs.roots import check_inputs, check_nodes, check_out
-from instseg.jobs.tracking import SPOOL, Tracker
+from instseg.jobs.tracking import SPOOL, Tracker, how_to_open
 from instseg.jobs.train_checks import (
     check_data,
     check_model,
@@ -89,7 +89,7 @@ def train(config: TrainConfig, parent: Tracker | None = None) -> StoragePath:
     if parent is None:
         data = config.validation.data or "FOLDER"
         following = command("evaluate", data=data, checkpoint=run, out="FOLDER")
-        end(checkpoint.folder, following=[following], tracking=config.tracking)
+        end(checkpoint.folder, following=[following], mlflow=how_to_open(config.tracking))
     return checkpoint.folder
 
 
