@@ -149,7 +149,7 @@ def test_evaluate_reports_and_records(evaluated: Evaluated) -> None:
     artifacts = {path.name for path in (out.parent / "mlartifacts").rglob("*") if path.parent.name == "artifacts"}
     assert artifacts == {
         *("results.json", "per_class.csv", "report.txt", "records.arrow"),
-        *("calibration.png", "panel.png", "classes.json", "diagnosis.txt", "diagnosis.json"),
+        *("calibration.png", "panel.png", "classes.json", "images", "diagnosis.txt", "diagnosis.json"),
     }
 
 
