@@ -140,6 +140,7 @@ def log_evaluation(
 ) -> None:
     """Record the metrics, and others that were measured, the table of classes, and the files of a report in MLflow."""
     tracker.log_metrics({**evaluation.metrics(), **(measured or {})})
-    tracker.log_table(per_class(evaluation), "classes")
+    rows = [{"class": row["class"], "ap_r_vol": row.get("sds/ap_r_vol"), **row} for row in per_class(evaluation)]
+    tracker.log_table(rows, "classes")  # MLflow compares the second column, unless asked for another
     for path in paths:
         tracker.log_artifact(path)
