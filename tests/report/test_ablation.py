@@ -16,7 +16,7 @@ def evaluation(iou: float = 0.75, correct: int = 3) -> Evaluation:
     confusion = Confusion.of(np.array([[8, 0, 0], [4 - correct, correct, 0], [0, 0, 0]]))
     cat = np.array([1])
     found = np.array([0.9]), np.array([[iou]])
-    records = [ImageRecord(image_id, cat, *found, cat, confusion, confusion) for image_id in "ab"]
+    records = [ImageRecord(image_id, cat, *found, cat, confusion, confusion, cat, 0 * cat, cat) for image_id in "ab"]
     return Evaluation.of(records, CLASSES)
 
 
