@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from instseg.storage import Place, StoragePath
 
+REPORT = "report.html"
 _STYLE, _SCRIPT = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
 # Nothing is loaded, and no script runs but ours, even if something should be escaped wrongly.
 _SCRIPT_HASH = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
