@@ -394,11 +394,11 @@ class AblateConfig(_Checked):
     tracking: TrackingConfig = field(default_factory=TrackingConfig)  # where MLflow records the run
     device: Device = "auto"  # "gpu": actors share the GPUs; "auto": that if there is one, else CPUs
     num_actors: int | None = None  # default: one per CPU, with GPUs one per CPU of the nodes that have some
-    num_figures: int = 6  # rows of the figure-3 panel
+    num_gallery: int = 100  # images in the report, half of them the worst; some 0.1 MB each
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        non_negative("num_figures", self.num_figures)
+        non_negative("num_gallery", self.num_gallery)
         if self.num_actors is not None:
             positive("num_actors", self.num_actors)
 

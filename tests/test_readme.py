@@ -62,7 +62,7 @@ def test_the_four_commands(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.syspath_prepend(workplace / "workflows")  # as Python does, where the script takes it away
         runpy.run_path(path, run_name="__main__")
     assert "full" in (workplace / "runs/voc/ablation/ablation.md").read_text()
-    assert (workplace / "runs/voc/evaluation/panel.png").is_file()
+    assert (workplace / "runs/voc/evaluation/report.html").is_file()
     assert (workplace / "mlflow.db").is_file()
 
 

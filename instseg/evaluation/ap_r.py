@@ -36,6 +36,9 @@ class ImageRecord:
         truth_labels: (G,) int64, class of each true instance that has pixels.
         confusion_before: Of the network's semantic segmentation.
         confusion_after: Of the one refined by the CRF.
+        pixels: (P,) int64 > 0, of each prediction, void ones left out.
+        void_pixels: (P,) int64, the void ones.
+        truth_pixels: (G,) int64 > 0, of each true instance.
         detection_labels: (D,) int64, class of each detection.
         detection_scores: (D,) float64, the detector's.
         validity: (D,) float64, Pr(Y_d = 1).
@@ -49,6 +52,9 @@ class ImageRecord:
     truth_labels: Int[np.ndarray, " G"]
     confusion_before: Confusion
     confusion_after: Confusion
+    pixels: Int[np.ndarray, " P"]
+    void_pixels: Int[np.ndarray, " P"]
+    truth_pixels: Int[np.ndarray, " G"]
     detection_labels: Int[np.ndarray, " D"] = field(default_factory=lambda: np.zeros(0, np.int64))
     detection_scores: Float[np.ndarray, " D"] = field(default_factory=lambda: np.zeros(0))
     validity: Float[np.ndarray, " D"] = field(default_factory=lambda: np.zeros(0))
@@ -134,6 +140,9 @@ def image_record(
         truth_labels=sample.instance_labels[truths].astype(np.int64),
         confusion_before=Confusion.of(confusion_matrix(sample.semantic, semantic_before, num_labels)),
         confusion_after=Confusion.of(confusion_matrix(sample.semantic, predicted.semantic, num_labels)),
+        pixels=joint.sum(1)[1:][predictions],
+        void_pixels=np.bincount(predicted.instances[truth < 0], minlength=len(joint))[1:][predictions],
+        truth_pixels=joint.sum(0)[1:][truths],
         detection_labels=detections.labels,
         detection_scores=detections.scores.astype(np.float64),
         validity=validity.astype(np.float64),

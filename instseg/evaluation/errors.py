@@ -128,4 +128,7 @@ def corrected(record: ImageRecord, kinds: Collection[str]) -> ImageRecord:
         scores=record.scores[kept],
         iou=iou[kept][:, truths],
         truth_labels=record.truth_labels[truths],
+        pixels=record.pixels[kept],
+        void_pixels=record.void_pixels[kept],
+        truth_pixels=record.truth_pixels[truths],
     )

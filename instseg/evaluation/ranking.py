@@ -49,15 +49,29 @@ class Ranked(NamedTuple):
         """(T,) float64 area at each threshold; NaN without ground truth. The rules are those of `ap_r`."""
         return np.array([_area(hits, len(self.truth_image), rule) for hits in self.hits])
 
+    def precision(self, num_recalls: int = 101) -> Float[np.ndarray, "T R"]:
+        """(T, R) float64: the highest precision at a recall of 0, 1/(R-1), … 1 or above; NaN without ground truth."""
+        num_truths = len(self.truth_image)
+        if num_truths == 0:
+            return np.full((len(self.hits), num_recalls), np.nan)
+        needed = -(-np.arange(num_recalls) * num_truths // (num_recalls - 1))  # hits; integers, as in `_area`
+        envelope = [np.append(_envelope(hits), 0.0) for hits in self.hits]
+        return np.stack([e[np.searchsorted(np.cumsum(h), needed)] for e, h in zip(envelope, self.hits, strict=True)])
+
+
+def _envelope(hits: Bool[np.ndarray, " M"]) -> Float[np.ndarray, " M"]:
+    precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
+    return np.maximum.accumulate(precision[::-1])[::-1]
+
 
 def _area(hits: Bool[np.ndarray, " M"], num_truths: int, rule: MatchingRule) -> float:
     if num_truths == 0:
         return float("nan")
     num_hits = np.cumsum(hits)
-    precision = num_hits / np.arange(1, len(hits) + 1)
     if rule == "authors":
+        precision = num_hits / np.arange(1, len(hits) + 1)
         return float(precision[hits].sum() / num_truths)
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    envelope = _envelope(hits)
     if rule == "sds":
         return float(envelope[hits].sum() / num_truths)
     # Integers, because a recall of 3/10 is below the float 0.1 * 3.

@@ -19,7 +19,7 @@ from instseg.evaluation.semantic import Confusion
 from instseg.storage import Place, StoragePath
 
 RECORDS = "records.arrow"
-FORMAT_VERSION = 2  # raise it whenever a column changes
+FORMAT_VERSION = 3  # raise it whenever a column changes
 _VERSION, _DIGEST = b"instseg.records.version", b"instseg.records.sha256"
 _INTEGERS, _FLOATS, _TRUTHS = (pa.list_(kind) for kind in (pa.int64(), pa.float64(), pa.bool_()))
 _CONFUSION = pa.struct({"num_labels": pa.int64(), "places": _INTEGERS, "counts": _INTEGERS})  # as in Confusion: 1, E, E
@@ -31,6 +31,9 @@ _TYPES = {
     "truth_labels": _INTEGERS,  # G
     "confusion_before": _CONFUSION,
     "confusion_after": _CONFUSION,
+    "pixels": _INTEGERS,  # P
+    "void_pixels": _INTEGERS,  # P
+    "truth_pixels": _INTEGERS,  # G
     "detection_labels": _INTEGERS,  # D
     "detection_scores": _FLOATS,  # D
     "validity": _FLOATS,  # D

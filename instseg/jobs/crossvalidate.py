@@ -21,8 +21,10 @@ from instseg.jobs.tracking import SPOOL, Tracker, how_to_open
 from instseg.jobs.train import train
 from instseg.jobs.train_checks import check_data, check_model, check_same_settings, training_settings
 from instseg.report.ablation import AblationRow, rows_of
-from instseg.report.provenance import provenance
-from instseg.report.tables import Evaluation, write_report
+from instseg.report.page import REPORT, save_page
+from instseg.report.provenance import commit, provenance
+from instseg.report.results import write_results
+from instseg.report.tables import Evaluation
 from instseg.storage import StoragePath
 
 _TAGS = {"workflow": "crossvalidate"}
@@ -60,8 +62,15 @@ def crossvalidate(config: TrainConfig) -> dict[str, Evaluation]:
         check_nodes(data=dataset.root, out=out)
         _run_folds(config, dataset, folds, parent)
         evaluations = {row.name: _pool(config, row, dataset, parent) for row in rows_of(config.model)}
-        write_ablation(evaluations, out, parent)
-    end(out, ("ablation.md",), [command("compare", str(out))], how_to_open(config.tracking))
+        parts = write_ablation(evaluations, out, parent)
+        known = {
+            "data": f"{config.data}, {len(dataset)} images",
+            "folds": f"{len(folds)}",
+            "commit": commit() or "unknown",
+        }
+        save_page(out / REPORT, f"Cross-validation: {out.name}", parts, known)
+        parent.log_artifact(out / REPORT)
+    end(out, (REPORT, "ablation.md"), [command("compare", str(out))], how_to_open(config.tracking))
     return evaluations
 
 
@@ -111,7 +120,7 @@ def _pool(config: TrainConfig, row: AblationRow, dataset: PreparedDataset, paren
     records = [record for fold in range(config.num_folds) for record in read_records(_records_path(config, fold, row))]
     evaluation = Evaluation.of(records, dataset.classes)
     out = StoragePath.of(config.out) / row.name
-    paths = write_report(evaluation, out, provenance(asdict(replace(config, ablation=row.ablation)), dataset.digest))
+    paths = write_results(evaluation, out, provenance(asdict(replace(config, ablation=row.ablation)), dataset.digest))
     params = {"ablation": asdict(row.ablation)}
     with Tracker.start(config.tracking, row.name, params, _TAGS, out / SPOOL, parent) as tracker:
         log_evaluation(tracker, evaluation, paths)

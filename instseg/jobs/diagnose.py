@@ -18,7 +18,7 @@ def diagnose(
     evaluators: Evaluators,
     records: list[ImageRecord],
     tracker: Tracker,
-) -> str:
+) -> Diagnosis:
     """Evaluate again with each part replaced by the truth; write and log what that is worth, and the errors by kind.
 
     Args:
@@ -27,9 +27,6 @@ def diagnose(
         evaluators: They hold the network.
         records: The evaluation with nothing replaced.
         tracker: Of the evaluation's run.
-
-    Returns:
-        The text that the terminal shows.
 
     Raises:
         As `Evaluators.records`.
@@ -42,6 +39,5 @@ def diagnose(
     as_it_is = Evaluation.of(records, dataset.classes)
     diagnosis = Diagnosis(as_it_is, evaluations, errors_by_kind(records, dataset.num_labels))
     tracker.log_metrics({f"diagnosis/{name}": value for name, value in diagnosis.metrics().items()})
-    for path in write_diagnosis(diagnosis, config.out):
-        tracker.log_artifact(path)
-    return diagnosis.text()
+    tracker.log_artifact(write_diagnosis(diagnosis, config.out))
+    return diagnosis

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from operator import attrgetter
 from typing import TypeVar
 
-from instseg.config import AblateConfig, Ablation, EvaluateConfig, ModelConfig
-from instseg.data.dataset import PreparedDataset
-from instseg.evaluation.ap_r import ImageRecord
+from instseg.config import FULL, AblateConfig, Ablation, EvaluateConfig, ModelConfig
+from instseg.data.dataset import PreparedDataset, read_ahead
 from instseg.jobs.cluster import cluster, cluster_nodes
 from instseg.jobs.devices import describe, plan_evaluators
 from instseg.jobs.diagnose import diagnose
@@ -19,13 +18,14 @@ from instseg.jobs.ending import command, end
 from instseg.jobs.evaluators import Evaluators
 from instseg.jobs.roots import check_inputs, check_nodes, check_out
 from instseg.jobs.tracking import SPOOL, Tracker, how_to_open
-from instseg.jobs.validate import informative
 from instseg.models.checkpoint import INITIAL_WEIGHTS, check_classes, find_checkpoint, from_json
 from instseg.models.network import InstanceNetwork
-from instseg.report.pictures import save_panel
+from instseg.report import sections
+from instseg.report.gallery import Selection, gallery
+from instseg.report.page import REPORT, Section, save_page
 from instseg.report.provenance import commit, provenance
-from instseg.report.reliability import save_reliability
-from instseg.report.tables import REPORT, Evaluation, per_class, summary, write_report
+from instseg.report.results import write_results
+from instseg.report.tables import Evaluation, per_class, summary
 from instseg.storage import StoragePath
 
 Config = TypeVar("Config", bound=AblateConfig)
@@ -46,11 +46,17 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         running_evaluators(config, dataset) as (config, evaluators),
         start_tracker(config, "evaluate", out.name, dataset) as tracker,
     ):
-        evaluation, records = evaluate_ablation(config, config.ablation, dataset, evaluators, out, tracker)
-        text = summary(evaluation)
+        selection = Selection(config.num_gallery)
+        evaluation = evaluate_ablation(config, config.ablation, dataset, evaluators, out, tracker, selection)
+        texts, parts = [summary(evaluation)], [sections.scores(evaluation)]
         if config.diagnose:
-            text += f"\n\n{diagnose(config, dataset, evaluators, records, tracker)}"
-    print(text)
+            diagnosis = diagnose(config, dataset, evaluators, list(evaluation.records), tracker)
+            texts.append(diagnosis.text())
+            parts.append(sections.limits(diagnosis))
+        rows = {"full" if config.ablation == FULL else "this ablation": evaluation}
+        parts += [sections.thresholds(rows), *sections.of_one(evaluation)]
+        write_page(config, "Evaluation", parts, selection, dataset, tracker)
+    print("\n\n".join(texts))
     end(out, (REPORT,), [command("compare", str(out), "FOLDER")], how_to_open(config.tracking))
     return evaluation
 
@@ -115,24 +121,26 @@ def evaluate_ablation(
     evaluators: Evaluators,
     out: StoragePath,
     tracker: Tracker,
-) -> tuple[Evaluation, list[ImageRecord]]:
-    """Score what `ablation` leaves of the network that the actors hold; write and log the report."""
+    selection: Selection | None = None,
+) -> Evaluation:
+    """Score what `ablation` leaves of the network that the actors hold; write and log the results.
+
+    Args:
+        config: The whole run.
+        ablation: What takes part.
+        dataset: What the actors evaluate on.
+        evaluators: They hold the network.
+        out: Folder of the results.
+        tracker: Of a run of their own.
+        selection: Is offered every image.
+    """
     began = time.perf_counter()
-    records = evaluators.records(ablation)
-    evaluation = Evaluation.of(records, dataset.classes)
+    evaluation = Evaluation.of(evaluators.records(ablation, selection=selection), dataset.classes)
     measured = {"wall_s": time.perf_counter() - began}
-    paths = write_report(evaluation, out, provenance(asdict(config), dataset.digest) | measured)
-    save_reliability(out / "calibration.png", evaluation.calibration)
-    paths.append(out / "calibration.png")
-    if config.num_figures:
-        chosen = informative(records, dataset.image_ids, config.num_figures)
-        maps = evaluators.instance_maps(chosen, ablation)
-        save_panel(out / "panel.png", [dataset[index] for index in chosen], maps, dataset.classes)
-        paths.append(out / "panel.png")
-        tracker.log_image(out / "panel.png", "panel", 0, int(time.time() * 1000))
+    paths = write_results(evaluation, out, provenance(asdict(config), dataset.digest) | measured)
     tracker.log_input("evaluation", config.data, dataset.digest, len(dataset), "evaluation")
     log_evaluation(tracker, evaluation, paths, measured)
-    return evaluation, records
+    return evaluation
 
 
 def log_evaluation(
@@ -144,3 +152,32 @@ def log_evaluation(
     tracker.log_table(rows, "classes")  # MLflow compares the second column, unless asked for another
     for path in paths:
         tracker.log_artifact(path)
+
+
+def write_page(
+    config: AblateConfig,
+    title: str,
+    parts: Sequence[Section],
+    selection: Selection,
+    dataset: PreparedDataset,
+    tracker: Tracker,
+) -> None:
+    """Write the report with the gallery at its end, and log it."""
+    began, shown = time.perf_counter(), selection.chosen()
+    indices = {image_id: index for index, image_id in enumerate(dataset.image_ids)}
+    samples = read_ahead(dataset.__getitem__, [indices[one.record.image_id] for one in shown])
+    if shown:
+        parts = [*parts, gallery(shown, samples, len(dataset), dataset.classes)]
+    path = StoragePath.of(config.out) / REPORT
+    save_page(path, f"{title}: {path.parent.name}", parts, facts(config, dataset))
+    tracker.log_artifact(path)
+    tracker.log_metrics({"report_s": time.perf_counter() - began})
+
+
+def facts(config: AblateConfig, dataset: PreparedDataset) -> dict[str, str]:
+    """Where the numbers of a page come from."""
+    return {
+        "data": f"{config.data}, {len(dataset)} images, {dataset.digest[:12]}",
+        "network": config.checkpoint or "hand-set weights",
+        "commit": commit() or "unknown",
+    }

@@ -25,6 +25,8 @@ from instseg.jobs.cluster import JobError
 from instseg.jobs.devices import EvaluatorPlan, Processor
 from instseg.jobs.progress import progress
 from instseg.models.network import InstanceNetwork
+from instseg.report.cells import shrink_map
+from instseg.report.gallery import Selection, Shown
 from instseg.structures import InstanceMap
 
 MAX_RESTARTS = 3  # of an actor whose process dies, e.g. for lack of memory
@@ -48,12 +50,15 @@ class Evaluators:
         arguments = (dataset, network.config, self._state, plan.device)
         self._actors: list[Any] = [actor.remote(*arguments) for _ in range(plan.num_actors)]
 
-    def records(self, ablation: Ablation, oracle: Oracle | None = None) -> list[ImageRecord]:
+    def records(
+        self, ablation: Ablation, oracle: Oracle | None = None, selection: Selection | None = None
+    ) -> list[ImageRecord]:
         """Evaluate every image with what `ablation` leaves of the network, sorted by image id.
 
         Args:
             ablation: What takes part.
             oracle: Puts the truth in the place of a part of each sample; see `instseg.evaluation.oracles`.
+            selection: Is offered every image.
 
         Raises:
             ValueError: If an image or the network's parameters are unfit; names the image.
@@ -61,16 +66,16 @@ class Evaluators:
             JobError: If an actor dies more often than `MAX_RESTARTS`, or finds no GPU where one was promised.
         """
         indices = range(len(self._dataset))
-        records = progress(self._map("record", indices, ablation, oracle), len(indices), "evaluated images")
-        records = sorted(records, key=lambda record: record.image_id)
+        found = self._map("record", indices, ablation, oracle, selection is not None)
+        records = []
+        for record, predicted in progress(found, len(indices), "evaluated images"):
+            records.append(record)
+            if selection is not None:
+                selection.offer(Shown(record, predicted))
+        records.sort(key=lambda record: record.image_id)
         if [record.image_id for record in records] != sorted(self._dataset.image_ids):
             raise AssertionError(f"expected {len(indices)} images, each once, got {len(records)} records")
         return records
-
-    def instance_maps(self, indices: Sequence[int], ablation: Ablation) -> list[InstanceMap]:
-        """Segment some images, in the order of `indices`. Raises as `records`."""
-        maps = dict(self._map("segment", indices, ablation))
-        return [maps[index] for index in indices]
 
     def _map(self, method: str, indices: Sequence[int], *arguments: Any) -> Iterator[Any]:
         pool = ActorPool(self._actors)
@@ -103,14 +108,14 @@ class _Evaluator:
         self._network.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
         self._network.to("cuda" if device == "gpu" else "cpu").eval()
 
-    def record(self, index: int, ablation: Ablation, oracle: Oracle | None) -> ImageRecord:
-        return self._named(index, lambda: self._record(index, ablation, oracle))
-
-    def segment(self, index: int, ablation: Ablation) -> tuple[int, InstanceMap]:
-        return index, self._named(index, lambda: self._segment(index, ablation))
+    def record(
+        self, index: int, ablation: Ablation, oracle: Oracle | None, show: bool
+    ) -> tuple[ImageRecord, InstanceMap | None]:
+        record, predicted = self._named(index, lambda: self._record(index, ablation, oracle))
+        return record, shrink_map(predicted) if show else None
 
     @torch.inference_mode()
-    def _record(self, index: int, ablation: Ablation, oracle: Oracle | None) -> ImageRecord:
+    def _record(self, index: int, ablation: Ablation, oracle: Oracle | None) -> tuple[ImageRecord, InstanceMap]:
         sample, network = self._dataset[index], self._network
         logits = network.semantic_logits(sample)
         if oracle is not None:
@@ -122,11 +127,7 @@ class _Evaluator:
         output = network(sample, ablation, logits)
         predicted, semantic_before = network.instance_map(output, ablation), output.semantic_logits.argmax(0)
         arrays = semantic_before.cpu().numpy(), self._dataset.num_labels, output.validity.cpu().numpy()
-        return image_record(sample, predicted, *arrays)
-
-    @torch.inference_mode()
-    def _segment(self, index: int, ablation: Ablation) -> InstanceMap:
-        return self._network.instance_map(self._network(self._dataset[index], ablation), ablation)
+        return image_record(sample, predicted, *arrays), predicted
 
     def _named(self, index: int, work: Callable[[], Result]) -> Result:
         """Run and add the image's id to the message of whatever is raised."""

@@ -40,7 +40,7 @@ class FCN8s(nn.Module):
         width: Channels of fc6 and fc7.
         stride: Of the finest scores: 32, 16 or 8.
         padding: Of the image: 100 as published, or 1 with fc6 padded by 3, which does without the zeros around the
-            image. They are more than half of the work at 375 x 500 pixels, and change what is seen near the border alone.
+            image. They are more than half of the work at 375 x 500 pixels, and change what is seen at the border alone.
     """
 
     def __init__(self, num_labels: int, width: int = _VGG_WIDTH, stride: int = 8, padding: int = _PADDING) -> None:

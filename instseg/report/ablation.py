@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import numpy as np
 from instseg.config import FULL, Ablation, ModelConfig
 from instseg.evaluation.semantic import mean_iou
 from instseg.evaluation.significance import Comparison, Difference, compare
-from instseg.report.tables import TABLE_THRESHOLDS, Evaluation, align, format_cell
+from instseg.report.tables import TABLE_THRESHOLDS, Evaluation, Table, format_cell
 
 
 class AblationRow(NamedTuple):
@@ -68,13 +68,19 @@ PAPER_ROWS = {
 }
 
 
+TITLES = {row.name: row.title for row in _ALL_ROWS}
+PAPER = {
+    row.name: row.paper[: len(TABLE_THRESHOLDS)] for row in ROWS if np.isfinite(row.paper[0])
+}  # at TABLE_THRESHOLDS
+
+
 def rows_of(config: ModelConfig) -> tuple[AblationRow, ...]:
     """The rows that a network has, in the order of the table."""
     return _ALL_ROWS if config.detection_head else ROWS
 
 
-def ablation_tables(evaluations: Mapping[str, Evaluation]) -> tuple[str, str]:
-    """Our rows of Table 1 beside the paper's, as aligned text and as Markdown.
+def ablation_table(evaluations: Mapping[str, Evaluation]) -> Table:
+    """Our rows of Table 1 beside the paper's.
 
     Args:
         evaluations: Of rows by name; one that is not there is left out.
@@ -86,7 +92,7 @@ def ablation_tables(evaluations: Mapping[str, Evaluation]) -> tuple[str, str]:
         if evaluation := evaluations.get(row.name):
             ours = [*evaluation.row(), 100 * mean_iou(evaluation.confusion_after)]
             table.append([row.title, *(format_cell(value) or "–" for value in (*ours, *row.paper))])
-    return "\n".join(align(table)), _markdown(table)
+    return table
 
 
 def compare_rows(evaluations: Mapping[str, Evaluation]) -> dict[str, Comparison]:
@@ -95,14 +101,14 @@ def compare_rows(evaluations: Mapping[str, Evaluation]) -> dict[str, Comparison]
     return {name: compare(of_row.records, full) for name, of_row in evaluations.items() if name != "full"}
 
 
-def difference_tables(comparisons: Mapping[str, Comparison]) -> tuple[str, str]:
-    """What `compare_rows` found, as aligned text and as Markdown."""
+def difference_table(comparisons: Mapping[str, Comparison]) -> Table:
+    """What `compare_rows` found."""
     num_resamples = next(iter(comparisons.values())).num_resamples
     table = [[f"full - row (95 % interval, {num_resamples} resamples of the images)", "AP^r_vol", "mIoU"]]
     for row in _ALL_ROWS:
         if found := comparisons.get(row.name):
             table.append([row.title, format_interval(found.ap_r_vol), format_interval(found.mean_iou)])
-    return "\n".join(align(table)), _markdown(table)
+    return table
 
 
 def difference_record(comparisons: Mapping[str, Comparison]) -> dict[str, Any]:
@@ -125,7 +131,8 @@ def format_interval(difference: Difference) -> str:
     return "–" if np.isnan(value) else f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def _markdown(table: Sequence[Sequence[str]]) -> str:
+def markdown(table: Table) -> str:
+    """A table as Markdown."""
     header, *rows = table
     rule = ["-", *(["-:"] * (len(header) - 1))]
     return "".join(f"| {' | '.join(row)} |\n" for row in [header, rule, *rows])

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from instseg.report.colours import PALETTE, choose_colours, like_truth
+from instseg.report.colours import paired_colours
 from instseg.structures import InstanceMap, Sample, box_to_slices
 
 MAX_SIDE = 640  # pixels of what is kept of an image, so that large photographs in number fit into memory
@@ -78,20 +78,16 @@ class Cell:
             foreground_sources: D names.
             classes: Class names, [0] is "background".
         """
-        small, found = _shrink(sample), _paint(sample)
-        wanted, true_colours = None, np.zeros(1, np.int64)
-        if small.instances is not None:
-            true_colours = choose_colours(small.instances, len(small.instance_labels))
-            wanted = like_truth(found, small.instances, true_colours)
-        colours = PALETTE[choose_colours(found.instances, len(found), wanted)]
+        small, found = shrink(sample), _paint(sample)
+        colours, true_colours = paired_colours(found, small.instances, len(small.instance_labels))
         return Cell(
             sample=small,
             found=found,
             colours=colours,
-            true_colours=PALETTE[true_colours],
+            true_colours=true_colours,
             size=(sample.image.shape[0], sample.image.shape[1]),
             detections=_detection_rows(sample, foreground_sources, classes, colours),
-            instances=_instance_rows(sample, classes, PALETTE[true_colours]),
+            instances=_instance_rows(sample, classes, true_colours),
         )
 
     @property
@@ -106,14 +102,14 @@ class Cell:
         return min(max(height / width, RATIOS[0]), RATIOS[1])
 
 
-def _step(sample: Sample) -> int:
+def _step(height: int, width: int) -> int:
     """Every how many pixels one is kept."""
-    return -(-max(sample.image.shape[:2]) // MAX_SIDE)
+    return -(-max(height, width) // MAX_SIDE)
 
 
 def _paint(sample: Sample) -> InstanceMap:
     """`Cell.found`."""
-    detections, step = sample.detections, _step(sample)
+    detections, step = sample.detections, _step(*sample.image.shape[:2])
     instances = np.zeros(sample.image.shape[:2], np.int32)[::step, ::step]
     if detections.foregrounds is not None:
         for index in np.argsort(detections.scores, kind="stable"):
@@ -121,9 +117,16 @@ def _paint(sample: Sample) -> InstanceMap:
     return InstanceMap(instances, detections.labels, detections.scores, np.arange(len(detections)))
 
 
-def _shrink(sample: Sample) -> Sample:
-    """`Cell.sample`."""
-    truth, step = sample.known_instances, _step(sample)
+def shrink_map(predicted: InstanceMap) -> InstanceMap:
+    """The instances and the semantic segmentation, no larger than `MAX_SIDE` and in the fewest bytes."""
+    step, semantic = _step(*predicted.instances.shape), predicted.semantic
+    small = predicted.instances[::step, ::step].astype(np.min_scalar_type(len(predicted)))
+    return replace(predicted, instances=small, semantic=None if semantic is None else semantic[::step, ::step].copy())
+
+
+def shrink(sample: Sample) -> Sample:
+    """The image and its true instances, no larger than `MAX_SIDE`, and detections without foregrounds."""
+    truth, step = sample.known_instances, _step(*sample.image.shape[:2])
     return Sample(
         image_id=sample.image_id,
         image=np.array(Image.fromarray(sample.image).reduce(step)),

@@ -37,6 +37,29 @@ def choose_colours(instances: np.ndarray, num: int, wanted: np.ndarray | None = 
     return chosen
 
 
+def paired_colours(predicted: InstanceMap, truth: np.ndarray | None, num_truths: int) -> tuple[np.ndarray, np.ndarray]:
+    """Colours of predicted instances, and of the true ones that they share them with.
+
+    Args:
+        predicted: K instances.
+        truth: (H, W) integers, 0 nothing, 1..G instances, -1 void; None without ground truth.
+        num_truths: G.
+
+    Returns:
+        (K+1, 3) and (G+1, 3) float in 0..1; row 0 has no meaning.
+    """
+    wanted, true_colours = None, np.zeros(1, np.int64)
+    if truth is not None:
+        true_colours = choose_colours(truth, num_truths)
+        wanted = like_truth(predicted, truth, true_colours)
+    return PALETTE[choose_colours(predicted.instances, len(predicted), wanted)], PALETTE[true_colours]
+
+
+def class_colours(num_labels: int) -> np.ndarray:
+    """(L, 3) float in 0..1 of the classes; row 0, the background, has no meaning."""
+    return PALETTE[np.arange(-1, num_labels - 1) % len(PALETTE)]
+
+
 def like_truth(predicted: InstanceMap, truth: np.ndarray, colours: np.ndarray) -> np.ndarray:
     """Colours as the truth has them.
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from instseg.evaluation import oracles
 from instseg.evaluation.errors import ErrorKind
-from instseg.report.tables import Evaluation, align, write_json
+from instseg.report.tables import Evaluation, Table, align, write_json
 from instseg.storage import Place, StoragePath
 
 THRESHOLDS = (0.5, 0.7, 0.9)  # the columns of the table
@@ -74,38 +74,46 @@ class Diagnosis:
         for name, evaluation in {"as_it_is": self.as_it_is, **self.replaced}.items():
             values |= {f"{name}/{column}": value for column, value in _scores(evaluation).items()}
         for name, evaluation in self.replaced.items():
-            values[f"{name}/ap_r_vol_gain"] = self._gain(evaluation)
+            values[f"{name}/ap_r_vol_gain"] = self.gain(evaluation)
         for kind, found in self.errors.items():
             values |= {f"errors/{kind}/count": found.count, f"errors/{kind}/ap_r_0.5_gain": 100 * found.gain}
         return values
 
     def text(self) -> str:
         """Both tables, and what each part is worth in one sentence."""
+        return "\n".join([*align(self.oracle_table()), "", self.worth(), "", *align(self.error_table())])
+
+    def oracle_table(self) -> Table:
+        """The scores with each part replaced by the truth."""
         thresholds = [f"{t:.1f}".lstrip("0") for t in THRESHOLDS]
         table = [["replaced by the truth: AP^r [%]", *thresholds, "vol", "gain", "mIoU"]]
         table.append(self._row("nothing", self.as_it_is))
-        table += [self._row(row.title, self.replaced[row.name]) for row in ORACLE_ROWS]
+        return table + [self._row(row.title, self.replaced[row.name]) for row in ORACLE_ROWS]
+
+    def error_table(self) -> Table:
+        """The errors by kind."""
         errors = [["errors at a mask IoU of .5", "count", "AP^r .5 gained without"]]
-        errors += [
+        return errors + [
             [ERROR_TITLES[kind], str(found.count), f"{100 * found.gain:+.1f}"] for kind, found in self.errors.items()
         ]
-        return "\n".join([*align(table), "", self._worth(), "", *align(errors)])
 
     def _row(self, title: str, evaluation: Evaluation) -> list[str]:
         *scores, mean_iou = (f"{value:.1f}" for value in _scores(evaluation).values())
-        gain = "" if evaluation is self.as_it_is else f"{self._gain(evaluation):+.1f}"
+        gain = "" if evaluation is self.as_it_is else f"{self.gain(evaluation):+.1f}"
         return [title, *scores, gain, mean_iou]
 
-    def _gain(self, evaluation: Evaluation) -> float:
+    def gain(self, evaluation: Evaluation) -> float:
+        """Points of AP^r_vol that an evaluation has more than the network as it is."""
         return 100 * (evaluation.ap_r["sds"].mean_volume - self.as_it_is.ap_r["sds"].mean_volume)
 
-    def _worth(self) -> str:
+    def worth(self) -> str:
         """The parts in one sentence, the most worthwhile first."""
         # The truth in one place may cost points, as the rest was not made for it: a bound of 0.
-        gains = [(max(self._gain(self.replaced[row.name]), 0.0), row.better) for row in ORACLE_ROWS]
+        gains = [(max(self.gain(self.replaced[row.name]), 0.0), row.better) for row in ORACLE_ROWS]
         (most, first), *others = sorted(gains, key=lambda pair: -pair[0])
-        worth = [f"{first} would give up to {most:.1f} points of AP^r_vol"]
-        sentence = ", ".join(worth + [f"{better} up to {gain:.1f}" for gain, better in others])
+        be = "are" if first.startswith("better") else "is"
+        worth = [f"{first} {be} worth up to {most:.0f} points of AP^r_vol"]
+        sentence = ", ".join(worth + [f"{better} {gain:.0f}" for gain, better in others])
         return f"{sentence[0].upper()}{sentence[1:]}."
 
 
@@ -115,10 +123,9 @@ def _scores(evaluation: Evaluation) -> dict[str, float]:
     return {name: metrics[name] for name in names}
 
 
-def write_diagnosis(diagnosis: Diagnosis, out: Place) -> list[StoragePath]:
-    """Write diagnosis.txt and diagnosis.json into the folder `out`; their paths."""
-    paths = [StoragePath.of(out) / name for name in ("diagnosis.txt", "diagnosis.json")]
-    paths[0].publish(f"{diagnosis.text()}\n".encode())
+def write_diagnosis(diagnosis: Diagnosis, out: Place) -> StoragePath:
+    """Write diagnosis.json into the folder `out`; its path."""
+    path = StoragePath.of(out) / "diagnosis.json"
     num_images = diagnosis.as_it_is.num_images
-    write_json(paths[1], {"unit": "percent", "num_images": num_images, "metrics": diagnosis.metrics()})
-    return paths
+    write_json(path, {"unit": "percent", "num_images": num_images, "metrics": diagnosis.metrics()})
+    return path

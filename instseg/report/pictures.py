@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from scipy import ndimage
 
-from instseg.report.colours import PALETTE, choose_colours, like_truth
+from instseg.report.colours import PALETTE, choose_colours, class_colours, paired_colours
 from instseg.storage import Place, StoragePath
 from instseg.structures import InstanceMap, Sample
 
@@ -98,17 +98,13 @@ def overlay(image: np.ndarray, ids: np.ndarray, colours: np.ndarray) -> np.ndarr
 
 def _draw_row(row: Sequence[Axes], sample: Sample, predicted: InstanceMap, classes: Sequence[str]) -> None:
     semantic, truth = predicted.semantic, sample.known_instances
-    wanted = None
+    colours, true_colours = paired_colours(predicted, truth, len(sample.instance_labels))
     if truth is not None:
-        colours_of_truth = choose_colours(truth, len(sample.instance_labels))
-        wanted = like_truth(predicted, truth, colours_of_truth)
-        show(row[3], blend(sample.image, truth, PALETTE[colours_of_truth]))
-    colours = PALETTE[choose_colours(predicted.instances, len(predicted), wanted)]
+        show(row[3], blend(sample.image, truth, true_colours))
     show(row[0], sample.image / 255)
     draw_boxes(row[0], sample, predicted, colours, classes)
     if semantic is not None:
-        class_colours = PALETTE[np.arange(-1, len(classes) - 1) % len(PALETTE)]
-        show(row[1], blend(sample.image, semantic.astype(np.int64), class_colours))
+        show(row[1], blend(sample.image, semantic.astype(np.int64), class_colours(len(classes))))
         for label in map(int, np.unique(semantic[semantic > 0])):
             write(row[1], semantic == label, classes[label])
     show(row[2], blend(sample.image, predicted.instances, colours))
@@ -153,13 +149,21 @@ def name_instances(axes: Axes, predicted: InstanceMap, classes: Sequence[str]) -
 
 def write(axes: Axes, mask: np.ndarray, text: str) -> None:
     """Put text where the region of an (H, W) bool mask is widest; regions too small for it stay without."""
-    depth = np.asarray(ndimage.distance_transform_edt(np.pad(mask, 1)))[1:-1, 1:-1]
-    if depth.max() < 0.03 * max(mask.shape):
+    if (place := widest_place(mask)) is None:
         return
-    y, x = divmod(int(depth.argmax()), mask.shape[1])
+    y, x = place
     side = "left" if x < 0.1 * mask.shape[1] else "right" if x > 0.9 * mask.shape[1] else "center"
     shown = axes.text(x, y, text, size=6.5, color="white", ha=side, va="center", linespacing=0.9, **PLAIN)
     shown.set(path_effects=[withStroke(linewidth=1.6, foreground="0.15")])
+
+
+def widest_place(mask: np.ndarray) -> tuple[int, int] | None:
+    """The pixel (y, x) of an (H, W) bool mask that is farthest from its border; None if there is no room for text."""
+    depth = np.asarray(ndimage.distance_transform_edt(np.pad(mask, 1)))[1:-1, 1:-1]
+    if depth.max() < 0.03 * max(mask.shape):
+        return None
+    y, x = divmod(int(depth.argmax()), mask.shape[1])
+    return y, x
 
 
 def _outline(ids: np.ndarray) -> np.ndarray:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +12,13 @@ import numpy as np
 from instseg.config import MatchingRule
 from instseg.evaluation.ap_r import THRESHOLDS, ApR, ImageRecord, ap_r
 from instseg.evaluation.calibration import Calibration, calibrations
-from instseg.evaluation.records import RECORDS, write_records
+from instseg.evaluation.coco import SIZES, CocoAp, coco_ap
+from instseg.evaluation.panoptic import PanopticQuality, panoptic_quality
 from instseg.evaluation.semantic import label_iou, mean_iou, total
-from instseg.storage import Place, StoragePath
+from instseg.storage import StoragePath
 
+Table = Sequence[Sequence[str]]  # its first row is the head
 RULES: tuple[MatchingRule, ...] = get_args(MatchingRule)
-REPORT = "report.txt"
 SCORE_TITLES = {"detector_score": "detector score", "validity": "Pr(Y)"}
 TABLE_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)  # the columns of the paper's tables
 
@@ -35,6 +34,8 @@ class Evaluation:
         confusion_before: (L, L) int64, semantic segmentation before the CRF.
         confusion_after: (L, L) int64, after it.
         calibration: Of the detections' `detector_score` and `validity`.
+        panoptic: Panoptic quality of the instances.
+        coco: COCO's mask AP of the instances.
     """
 
     classes: tuple[str, ...]
@@ -43,6 +44,8 @@ class Evaluation:
     confusion_before: np.ndarray
     confusion_after: np.ndarray
     calibration: dict[str, Calibration]
+    panoptic: PanopticQuality
+    coco: CocoAp
 
     @staticmethod
     def of(records: Sequence[ImageRecord], classes: tuple[str, ...]) -> Evaluation:
@@ -55,6 +58,8 @@ class Evaluation:
             confusion_before=total((record.confusion_before for record in records), num_labels),
             confusion_after=total((record.confusion_after for record in records), num_labels),
             calibration=calibrations(records),
+            panoptic=panoptic_quality(records, num_labels),
+            coco=coco_ap(records, num_labels),
         )
 
     @property
@@ -74,7 +79,8 @@ class Evaluation:
         for name, found in self.calibration.items():
             values |= {f"{name}/ap": 100 * found.ap, f"{name}/ece": 100 * found.ece}
             values |= {f"{name}/brier": 100 * found.brier, f"{name}/nll_nats": found.nll_nats}
-        return values
+        values |= {name: 100 * value for name, value in self.panoptic.means().items()}
+        return values | {f"coco/{name}": 100 * value for name, value in self.coco.means().items()}
 
     def row(self, rule: MatchingRule = "sds") -> list[float]:
         """Percentages at the thresholds of the paper's tables, then the volume."""
@@ -85,25 +91,50 @@ class Evaluation:
 def summary(evaluation: Evaluation) -> str:
     """The table that the terminal shows."""
     metrics = evaluation.metrics()
-    header = ["AP^r [%]", *(f"{t:.1f}".lstrip("0") for t in TABLE_THRESHOLDS), "vol"]
-    rows = [[rule, *(f"{value:.1f}" for value in evaluation.row(rule))] for rule in RULES]
-    lines = [f"{evaluation.num_images} images", "", *align([header, *rows]), ""]
+    lines = [f"{evaluation.num_images} images", "", *align(ap_r_table(evaluation)), ""]
     lines += [f"mean IoU [%]  {metrics['mean_iou_before']:.1f} -> {metrics['mean_iou_after']:.1f} (CRF)", ""]
-    lines += [*_calibration_lines(evaluation.calibration), ""]
+    for table in (panoptic_table(evaluation), coco_table(evaluation), calibration_table(evaluation.calibration)):
+        lines += [*align(table), ""]
+    return "\n".join([*lines, *absent_classes(evaluation)]).rstrip()
+
+
+def ap_r_table(evaluation: Evaluation) -> Table:
+    """A row of each matching rule."""
+    header = ["AP^r [%]", *(f"{t:.1f}".lstrip("0") for t in TABLE_THRESHOLDS), "vol"]
+    return [header, *([rule, *(f"{value:.1f}" for value in evaluation.row(rule))] for rule in RULES)]
+
+
+def panoptic_table(evaluation: Evaluation) -> Table:
+    """The means over classes."""
+    values = evaluation.panoptic.means().values()
+    return [["instances as segments [%]", "PQ", "SQ", "RQ"], ["panoptic quality", *map(_percent_or_dash, values)]]
+
+
+def coco_table(evaluation: Evaluation) -> Table:
+    """The means over classes: all thresholds, two of them, and by the size of the true instances."""
+    header = ["COCO mask AP [%]", ".50:.95", ".50", ".75", *SIZES]
+    return [header, ["mean over classes", *map(_percent_or_dash, evaluation.coco.means().values())]]
+
+
+def absent_classes(evaluation: Evaluation) -> list[str]:
+    """One sentence that names the classes without ground truth, or none."""
     num_truths = evaluation.ap_r["sds"].num_truths
     absent = [name for name, num in zip(evaluation.classes[1:], num_truths, strict=True) if not num]
-    if absent:
-        lines.append(f"without ground truth, left out of the mean AP^r: {', '.join(absent)}")
-    return "\n".join(lines).rstrip()
+    return [f"without ground truth, left out of the mean AP^r: {', '.join(absent)}"] if absent else []
 
 
-def _calibration_lines(calibrations: dict[str, Calibration]) -> list[str]:
+def calibration_table(calibrations: dict[str, Calibration]) -> Table:
+    """A row of each kind of score."""
     num = calibrations["detector_score"].count.sum()
     table = [[f"{num} detections, right or wrong", "AP [%]", "ECE [%]", "Brier [%]", "NLL [nats]"]]
     for name, found in calibrations.items():
-        percentages = (format_cell(100 * value) or "–" for value in (found.ap, found.ece, found.brier))
+        percentages = map(_percent_or_dash, (found.ap, found.ece, found.brier))
         table.append([SCORE_TITLES[name], *percentages, "–" if np.isnan(found.nll_nats) else f"{found.nll_nats:.3f}"])
-    return align(table)
+    return table
+
+
+def _percent_or_dash(value: float) -> str:
+    return format_cell(100 * value) or "–"
 
 
 def per_class(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -117,11 +148,14 @@ def per_class(evaluation: Evaluation) -> list[dict[str, Any]]:
             row["num_instances"] = int(scores.num_truths[label - 1])
             row |= {f"ap_r_{t}": 100 * scores.values[index, label - 1] for index, t in enumerate(THRESHOLDS)}
             row |= {f"{rule}/ap_r_vol": 100 * evaluation.ap_r[rule].volume[label - 1] for rule in RULES}
+            row |= {name: 100 * getattr(evaluation.panoptic, name)[label - 1] for name in ("pq", "sq", "rq")}
+            row["coco/ap"] = 100 * evaluation.coco.of_class[label - 1]
         rows.append(row | {"iou_before": 100 * iou_before[label], "iou_after": 100 * iou_after[label]})
     return rows
 
 
-def _cells(rows: list[dict[str, Any]], columns: list[str]) -> list[list[str]]:
+def class_table(rows: list[dict[str, Any]], columns: list[str]) -> Table:
+    """Some columns of what `per_class` returns, the first row their names."""
     return [columns, *([format_cell(row.get(column, "")) for column in columns] for row in rows)]
 
 
@@ -132,45 +166,12 @@ def format_cell(value: object) -> str:
     return str(value)
 
 
-def align(table: Sequence[Sequence[str]]) -> list[str]:
+def align(table: Table) -> list[str]:
     """Lines of a table, the first column left, the others right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in table
-    ]
-
-
-def write_report(evaluation: Evaluation, out: Place, provenance: dict[str, Any]) -> list[StoragePath]:
-    """Write results.json, per_class.csv, REPORT and records.arrow into `out`; their paths."""
-    root = StoragePath.of(out)
-    rows = per_class(evaluation)
-    columns = list(rows[-1])
-    results = {
-        "unit": "percent",
-        "num_images": evaluation.num_images,
-        "metrics": evaluation.metrics(),
-        "per_class": rows,
-        "reliability": {name: _reliability(found) for name, found in evaluation.calibration.items()},
-        **provenance,
-    }
-    write_json(root / "results.json", results)
-    lines = io.StringIO(newline="")
-    csv.writer(lines).writerows(_cells(rows, columns))
-    (root / "per_class.csv").publish(lines.getvalue().encode())
-    unseen = [f"ap_r_{t}" for t in THRESHOLDS if t not in TABLE_THRESHOLDS]
-    table = _cells(rows, [column for column in columns if column not in unseen])
-    text = "\n".join([summary(evaluation), "", *align(table)])
-    (root / REPORT).publish(f"{text}\n".encode())
-    write_records(root / RECORDS, evaluation.records)
-    return [root / name for name in ("results.json", "per_class.csv", REPORT, RECORDS)]
-
-
-def _reliability(found: Calibration) -> list[dict[str, float]]:
-    """One row of each bin of scores, for JSON; percentages, NaN in a bin without detections."""
-    return [
-        {"mean_score": 100 * float(score), "share_right": 100 * float(right), "count": int(count)}
-        for score, right, count in zip(found.mean_score, found.share_right, found.count, strict=True)
     ]
 
 

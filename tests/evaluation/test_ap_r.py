@@ -32,6 +32,9 @@ def record(
         truth_labels=np.array(truth_labels, np.int64),
         confusion_before=nothing,
         confusion_after=nothing,
+        pixels=np.ones(len(predictions), np.int64),
+        void_pixels=np.zeros(len(predictions), np.int64),
+        truth_pixels=np.ones(len(truth_labels), np.int64),
     )
 
 

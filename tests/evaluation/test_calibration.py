@@ -66,9 +66,9 @@ def test_without_detections_or_right_ones_there_is_no_number() -> None:
     assert math.isnan(calibration(np.array([0.3]), np.array([False])).ap)
 
 
-def _no_truth() -> tuple[np.ndarray, Confusion, Confusion]:
-    nothing = Confusion.of(np.zeros((2, 2), int))
-    return np.zeros(0, int), nothing, nothing
+def _no_truth() -> tuple:
+    nothing, none = Confusion.of(np.zeros((2, 2), int)), np.zeros(0, int)
+    return none, nothing, nothing, none, none, none
 
 
 @settings(max_examples=100, deadline=None)

@@ -24,6 +24,9 @@ def some_records() -> list[ImageRecord]:
             truth_labels=rng.integers(1, 4, 3 - num),
             confusion_before=Confusion.of(rng.integers(0, 2**60, (4, 4)) * (rng.random((4, 4)) < num / 3)),
             confusion_after=Confusion.of(rng.integers(0, 3, (4, 4))),
+            pixels=rng.integers(1, 90, num),
+            void_pixels=rng.integers(0, 9, num),
+            truth_pixels=rng.integers(1, 90, 3 - num),
             detection_labels=rng.integers(1, 4, index % 3),
             detection_scores=rng.random(index % 3),
             validity=rng.random(index % 3),
@@ -120,7 +123,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
         pass
     with pytest.raises(ValueError, match=f"expected records of format {FORMAT_VERSION}, got none"):
         read_records(path)
-    for version in (1, 99):
+    for version in (2, 99):
         other = SCHEMA.with_metadata({"instseg.records.version": f"{version}"})
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, other):
             pass

@@ -43,6 +43,9 @@ def split(seed: int, num_images: int, noise: int, skill: float = 0.6, shift: flo
                 truth_labels=truth_labels,
                 confusion_before=confusion,
                 confusion_after=confusion,
+                pixels=np.ones(num, np.int64),
+                void_pixels=np.zeros(num, np.int64),
+                truth_pixels=np.ones(len(truth_labels), np.int64),
             )
         )
     return records
@@ -163,7 +166,7 @@ def test_memory_is_by_image_and_label(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_any_ground_truth_there_is_no_number() -> None:
     nothing = Confusion.of(np.zeros((NUM_LABELS, NUM_LABELS), np.int64))
     empty = np.zeros(0, np.int64)
-    record = ImageRecord("a", empty, np.zeros(0), np.zeros((0, 0)), empty, nothing, nothing)
+    record = ImageRecord("a", empty, np.zeros(0), np.zeros((0, 0)), empty, nothing, nothing, empty, empty, empty)
     assert np.isnan(all_of(compare([record], [record], 5))).all()
 
 

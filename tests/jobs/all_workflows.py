@@ -35,8 +35,8 @@ def run_all(root: StoragePath) -> None:
     train(TrainConfig(data, run, num_epochs=NUM_EPOCHS, device="cpu", tracking=TRACKING))
     num_actors = 1 if root.scheme == "file" else 2  # one on each node; the numbers are the same
     report, ablation = str(root / "report"), str(root / "ablation")
-    evaluate(EvaluateConfig(data, report, run, tracking=TRACKING, num_actors=num_actors, num_figures=1))
-    ablate(AblateConfig(data, ablation, run, tracking=TRACKING, num_actors=num_actors, num_figures=0))
+    evaluate(EvaluateConfig(data, report, run, tracking=TRACKING, num_actors=num_actors, num_gallery=1))
+    ablate(AblateConfig(data, ablation, run, tracking=TRACKING, num_actors=num_actors, num_gallery=0))
 
 
 if __name__ == "__main__":

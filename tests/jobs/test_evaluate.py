@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import signal
 from contextlib import redirect_stdout
@@ -60,7 +61,7 @@ def evaluated(ray_cluster: None, tiny_data: Path, tmp_path_factory: pytest.TempP
     """One evaluation with everything in it."""
     folder, printed = tmp_path_factory.mktemp("evaluated"), io.StringIO()
     tracking = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", experiment="test")
-    options = {"ablation": ABLATION, "tracking": tracking, "num_figures": 2, "diagnose": True}
+    options = {"ablation": ABLATION, "tracking": tracking, "num_gallery": 2, "diagnose": True}
     config = EvaluateConfig(str(tiny_data), str(folder / "report"), **options)
     with redirect_stdout(printed):
         evaluation = evaluate(config)
@@ -70,7 +71,7 @@ def evaluated(ray_cluster: None, tiny_data: Path, tmp_path_factory: pytest.TempP
 @pytest.fixture
 def config(evaluated: Evaluated, tmp_path: Path) -> EvaluateConfig:
     """Another evaluation, which MLflow records beside it."""
-    return replace(evaluated.config, out=str(tmp_path / "report"), ablation=FULL, num_figures=0, diagnose=False)
+    return replace(evaluated.config, out=str(tmp_path / "report"), ablation=FULL, num_gallery=0, diagnose=False)
 
 
 def records_of(data: str, ablation: Ablation) -> list[ImageRecord]:
@@ -128,17 +129,22 @@ def runs_of(config: EvaluateConfig) -> dict:
     return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
 
 
+def in_json(evaluation: Evaluation) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in evaluation.metrics().items()}
+
+
 def test_evaluate_reports_and_records(evaluated: Evaluated) -> None:
     config, evaluation, printed = evaluated
     out = Path(config.out)
     results = json.loads((out / "results.json").read_text())
     assert results["num_images"] == evaluation.num_images == len(PreparedDataset(config.data))
-    assert results["metrics"] == pytest.approx(evaluation.metrics())
+    assert results["metrics"] == pytest.approx(in_json(evaluation))
     assert results["config"]["model"]["semantic_crf"]["num_iterations"] == 5
     assert (results["config"]["device"], results["config"]["num_actors"]) == ("cpu", 2)
     assert (out / "per_class.csv").read_text().startswith("class,num_instances,ap_r_0.1")
-    assert (out / "panel.png").read_bytes().startswith(b"\x89PNG")
-    assert (out / "report.txt").read_text().splitlines()[2] in printed
+    page = (out / "report.html").read_text()
+    assert page.count("<article") == 2
+    assert all(f'id="{name}"' in page for name in ("scores", "limits", "thresholds", "classes", "confusion", "images"))
     assert check_ending(printed)[1][0].results == (config.out, "FOLDER")
     assert "evaluating 7 images with 2 actors on CPUs; the cluster has 2 CPUs and 0 GPUs on 1 node" in printed
     assert "mlflow ui --backend-store-uri" in printed
@@ -148,8 +154,7 @@ def test_evaluate_reports_and_records(evaluated: Evaluated) -> None:
     assert run.data.metrics["authors/ap_r_vol"] == pytest.approx(evaluation.metrics()["authors/ap_r_vol"])
     artifacts = {path.name for path in (out.parent / "mlartifacts").rglob("*") if path.parent.name == "artifacts"}
     assert artifacts == {
-        *("results.json", "per_class.csv", "report.txt", "records.arrow"),
-        *("calibration.png", "panel.png", "classes.json", "images", "diagnosis.txt", "diagnosis.json"),
+        *("results.json", "per_class.csv", "records.arrow", "report.html", "diagnosis.json", "classes.json"),
     }
 
 
@@ -157,7 +162,7 @@ def test_the_records_are_those_of_the_ablation(evaluated: Evaluated) -> None:
     config, evaluation, _ = evaluated
     records, expected = read_records(Path(config.out) / "records.arrow"), records_of(config.data, ABLATION)
     np.testing.assert_equal([vars(record) for record in records], [vars(record) for record in expected])
-    assert Evaluation.of(records, evaluation.classes).metrics() == evaluation.metrics()
+    np.testing.assert_equal(Evaluation.of(records, evaluation.classes).metrics(), evaluation.metrics())
     detections = [sample.detections for sample in PreparedDataset(config.data)]
     assert [len(record.validity) for record in records] == [len(found) for found in detections]
     assert any((record.validity != record.detection_scores).any() for record in records)
@@ -167,7 +172,7 @@ def test_the_records_are_those_of_the_ablation(evaluated: Evaluated) -> None:
 def test_a_diagnosis_is_printed_written_and_recorded(evaluated: Evaluated) -> None:
     config, evaluation, printed = evaluated
     out = Path(config.out)
-    assert summary(evaluation) + "\n\n" + (out / "diagnosis.txt").read_text() in printed
+    assert f"{summary(evaluation)}\n\nreplaced by the truth: AP^r" in printed
     assert "diagnosis 1 of 6: true semantic map\n" in printed
     metrics = json.loads((out / "diagnosis.json").read_text())["metrics"]
     assert metrics["as_it_is/ap_r_vol"] == pytest.approx(evaluation.metrics()["ap_r_vol"])
@@ -184,13 +189,13 @@ def test_a_true_map_reaches_the_crf_of_a_semantic_network(tiny_data: Path, monke
     model = ModelConfig(semantic="lraspp_mobilenet_v3_large")
     state = {name: tensor.numpy() for name, tensor in InstanceNetwork(model, dataset.num_labels).state_dict().items()}
     actor = actors._Evaluator(dataset, model, state, "cpu")
-    records = [actor.record(index, FULL, true_map) for index in range(len(dataset))]
+    records = [actor.record(index, FULL, true_map, show=False)[0] for index in range(len(dataset))]
     assert mean_iou(total((record.confusion_before for record in records), dataset.num_labels)) == 1.0
 
 
 @pytest.mark.usefixtures("without_shape_checks")  # which take longer than the bootstrap
 def test_ablate_puts_the_rows_side_by_side(config: EvaluateConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = ablate(AblateConfig(config.data, config.out, tracking=config.tracking, num_actors=1, num_figures=0))
+    rows = ablate(AblateConfig(config.data, config.out, tracking=config.tracking, num_actors=1, num_gallery=1))
     assert list(rows) == [row.name for row in ROWS]
     for row in ROWS:
         expected = Evaluation.of(records_of(config.data, row.ablation), rows[row.name].classes)
@@ -199,11 +204,14 @@ def test_ablate_puts_the_rows_side_by_side(config: EvaluateConfig, capsys: pytes
     table = (out / "ablation.md").read_text().splitlines()
     assert len(table) == 2 + len(ROWS) + 1 + 2 + len(ROWS) - 1
     assert "| 53.1 | 75.3 |" in table[1 + len(ROWS)]
+    page = (out / "report.html").read_text()
+    assert page.count("<article") == 1
+    assert "paper: 3 full" in page
     printed = capsys.readouterr().out
     assert check_ending(printed)[0] == [out / "ablation.md"]
     assert "full - row (95 % interval, 2000 resamples of the images)" in printed
     written = json.loads((out / "ablation.json").read_text())
-    assert written["full"] == pytest.approx(rows["full"].metrics())
+    assert written["full"] == pytest.approx(in_json(rows["full"]))
     naive, difference = written["naive"], written["differences"]["naive"]["ap_r_vol"]
     assert difference["value"] == pytest.approx(written["full"]["ap_r_vol"] - naive["ap_r_vol"])
     assert difference["low"] <= difference["value"] <= difference["high"]

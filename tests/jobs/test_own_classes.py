@@ -82,7 +82,7 @@ def test_three_classes_of_coco_format_go_through_the_whole_system(root: Path, tm
     model = ModelConfig(detection_head=True)
     train(TrainConfig(data, run, model, num_epochs=2, num_head_epochs=1, num_workers=1, tracking=tracking))
     assert InstanceNetwork.load(run).num_labels == 4
-    evaluation = evaluate(EvaluateConfig(data, report, run, tracking=tracking, num_figures=1))
+    evaluation = evaluate(EvaluateConfig(data, report, run, tracking=tracking, num_gallery=1))
 
     present = [sum((LABELS[scene.labels] == label).sum() for scene in scenes()) for label in (1, 2, 3)]
     for scores in evaluation.ap_r.values():

@@ -131,7 +131,7 @@ def content(root: StoragePath) -> dict[str, bytes]:
         for name in ("model.safetensors", "optimizer.safetensors"):
             found[f"{epoch}/{name}"] = (root / "run" / "checkpoints" / epoch / name).read_bytes()
     for report in ("report", *(f"ablation/{row}" for row in (root / "ablation").folders())):
-        for name in ("records.arrow", "per_class.csv", "report.txt"):
+        for name in ("records.arrow", "per_class.csv"):
             found[f"{report}/{name}"] = (root / report / name).read_bytes()
     return found | {"ablation.md": (root / "ablation" / "ablation.md").read_bytes()}
 

@@ -6,10 +6,12 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from instseg.evaluation.records import read_records
-from instseg.report.tables import Evaluation, per_class, summary, write_report
+from instseg.report.results import write_results
+from instseg.report.tables import Evaluation, per_class, summary
 from tests.records import CLASSES, one_cat
 
 
@@ -28,6 +30,8 @@ def test_metrics_are_percentages() -> None:
     assert metrics["detector_score/ece"] == pytest.approx(100 * (0.5 + 0.75) / 2)
     assert metrics["validity/brier"] == pytest.approx(100 * 0.25**2 / 2)
     assert metrics["validity/nll_nats"] == pytest.approx(-math.log(0.75) / 2)
+    assert (metrics["pq"], metrics["rq"], metrics["coco/ap_75"]) == (75.0, 100.0, pytest.approx(100.0))
+    assert math.isnan(metrics["coco/ap_large"])
 
 
 def test_the_summary_says_which_classes_are_left_out() -> None:
@@ -37,12 +41,14 @@ def test_the_summary_says_which_classes_are_left_out() -> None:
     assert "2 detections, right or wrong  AP [%]  ECE [%]  Brier [%]  NLL [nats]" in text
     assert "detector score                  50.0     62.5       40.6       1.040" in text
     assert "Pr(Y)                          100.0     12.5        3.1       0.144" in text
+    assert "panoptic quality           75.0  75.0  100.0" in text
+    assert ["mean", "over", "classes", "60.0", "100.0", "100.0", "60.0", "–", "–"] in map(str.split, text.splitlines())
     assert text.endswith("left out of the mean AP^r: dog")
 
 
 def test_the_report_files_agree(tmp_path: Path) -> None:
-    paths = write_report(evaluation(), tmp_path / "new", {"commit": "abc"})
-    assert [path.name for path in paths] == ["results.json", "per_class.csv", "report.txt", "records.arrow"]
+    paths = write_results(evaluation(), tmp_path / "new", {"commit": "abc"})
+    assert [path.name for path in paths] == ["results.json", "per_class.csv", "records.arrow"]
     results = json.loads(paths[0].read_bytes().decode(), parse_constant=pytest.fail)
     assert results["commit"] == "abc"
     assert results["per_class"][2]["sds/ap_r_vol"] is None
@@ -50,7 +56,7 @@ def test_the_report_files_agree(tmp_path: Path) -> None:
     assert [row["count"] for row in bins] == [0] * 7 + [1] + [0] * 3 + [1] + [0] * 3
     assert bins[7] == {"mean_score": 50.0, "share_right": 100.0, "count": 1}
     assert bins[0]["share_right"] is None
-    assert Evaluation.of(read_records(paths[3]), CLASSES).metrics() == evaluation().metrics()
+    np.testing.assert_equal(Evaluation.of(read_records(paths[2]), CLASSES).metrics(), evaluation().metrics())
     with io.StringIO(paths[1].read_bytes().decode(), newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == list(CLASSES)
@@ -58,7 +64,7 @@ def test_the_report_files_agree(tmp_path: Path) -> None:
     assert rows[1]["ap_r_0.7"] == "100.0"
     assert rows[2]["ap_r_0.7"] == rows[0]["ap_r_0.7"] == ""
     assert rows[0]["iou_after"] == "88.9"
-    assert summary(evaluation()) in paths[2].read_bytes().decode()
+    assert (rows[1]["pq"], rows[1]["coco/ap"], rows[2]["pq"]) == ("75.0", "60.0", "")
 
 
 def test_per_class_has_nan_where_there_is_no_number() -> None:
