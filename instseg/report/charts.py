@@ -18,8 +18,8 @@ WIDTH = 360.0  # of a chart, in CSS pixels on a phone
 COLOURS = tuple(to_hex(PALETTE[index]) for index in (1, 6, 2, 4, 3, 5, 0, 7))  # neighbours are far apart
 _LEFT, _RIGHT, _TOP, _BOTTOM = 38.0, 10.0, 8.0, 34.0  # margins of a plot
 _HEIGHT = 230.0
-_NAMES = 118.0  # width of the column of names beside bars
-_MAX_NAME = 18  # characters of a name; its title has all of it
+_NAMES = 142.0  # width of the column of names beside bars
+_MAX_NAME = 24  # characters of a name; its title has all of it
 
 
 class Axis(NamedTuple):
@@ -88,7 +88,7 @@ def bars(title: str, names: Sequence[str], groups: Sequence[Bars], form: str = "
         groups: Of N values each.
         form: Of the numbers, as in a format string.
     """
-    thick, gap = (14.0, 8.0) if len(groups) == 1 else (9.0, 9.0)
+    thick, gap = (14.0, 8.0) if len(groups) == 1 else (12.0, 9.0)
     values = np.array([group.values for group in groups], np.float64)
     low, high = min(np.nanmin(values, initial=0.0), 0.0), max(np.nanmax(values, initial=0.0), 0.0)
     scale = (WIDTH - _NAMES - 2 * 40.0) / ((high - low) or 1.0)
@@ -108,8 +108,9 @@ def bars(title: str, names: Sequence[str], groups: Sequence[Bars], form: str = "
 
 def matrix(title: str, names: Sequence[str], shares: np.ndarray, colour: str) -> str:
     """An (N, N) matrix of values in 0..1, a row and a column for each name, the darker the larger."""
-    cell, edge = 20.0, 96.0
+    cell, edge = 20.0, 142.0
     size = edge + len(names) * cell
+    width = max(size, WIDTH)
     drawn = ""
     for index, name in enumerate(names):
         at = edge + (index + 0.5) * cell
@@ -121,7 +122,7 @@ def matrix(title: str, names: Sequence[str], shares: np.ndarray, colour: str) ->
         drawn += _rectangle(x, y, cell - 1, cell - 1, colour, tip, 0.06 + 0.94 * share**0.5)
         if share >= 0.005:
             drawn += _text(x + cell / 2 - 0.5, y + 13, f"{100 * share:.0f}", "middle", "name")
-    return f'<div class="scroll"><div style="width: {size:.0f}px">{_figure(title, size, drawn, [], size)}</div></div>'
+    return f'<div class="scroll"><div style="width: {width:.0f}px">{_figure(title, size, drawn, [], width)}</div></div>'
 
 
 class _Plot:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from instseg.config import MatchingRule
 from instseg.evaluation import ranking
-from instseg.evaluation.ap_r import THRESHOLDS, ImageRecord, ap_r, image_record
+from instseg.evaluation.ap_r import THRESHOLDS, ImageRecord, ap_r, image_record, rank_classes
 from instseg.evaluation.semantic import Confusion, total
 from instseg.structures import Detections, InstanceMap, Sample
 
@@ -297,3 +297,17 @@ def test_a_score_that_is_not_finite_is_an_error() -> None:
     truth = sample([[1]], [1], [[1]])
     with pytest.raises(ValueError, match="a: expected a semantic segmentation and finite scores"):
         image_record(truth, predict([[1]], [1], [math.nan]), np.zeros((1, 1), int), NUM_LABELS)
+
+
+@settings(max_examples=60, deadline=None)
+@given(splits())
+def test_curves_are_the_best_precision_from_a_recall_on(records: list[ImageRecord]) -> None:
+    for label, ranked in enumerate(rank_classes(sorted(records, key=lambda r: r.image_id), NUM_LABELS, "sds"), 1):
+        num_truths = sum(int(truth == label) for r in records for truth in r.truth_labels)
+        curves = ranked.precision(num_recalls=21)
+        if num_truths == 0:
+            assert np.isnan(curves).all()
+            continue
+        for hits, curve in zip(ranked.hits, curves, strict=True):
+            points = [(hits[:cut].sum() / num_truths, hits[:cut].mean()) for cut in range(1, len(hits) + 1)]
+            assert curve.tolist() == pytest.approx([best(points, twentieth / 20) for twentieth in range(21)])
