@@ -17,7 +17,11 @@ Item = TypeVar("Item")
 def progress(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
     """Yield the items and say how many of `total` there have been, how fast, and how long the others will take."""
     if sys.stdout.isatty():
-        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            *Progress.get_default_columns()[:2],
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
         with Progress(*columns, speed_estimate_period=_SPEED_OVER_S) as bar:
             task = bar.add_task(what, total=total)
             for item in items:
@@ -41,7 +45,12 @@ def progress(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
 def byte_progress(chunks: Iterable[bytes], done: int, total: int | None, what: str) -> Iterator[bytes]:
     """Yield the chunks of a file of `total` bytes, if that is known, of which `done` were there, as `progress` does."""
     if sys.stdout.isatty():
-        columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        columns = (
+            *Progress.get_default_columns()[:2],
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
         with Progress(*columns) as bar:
             task = bar.add_task(what, total=total, completed=done)
             for chunk in chunks:
