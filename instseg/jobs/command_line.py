@@ -26,6 +26,7 @@ from instseg.config import (
     FetchConfig,
     InspectConfig,
     ModelConfig,
+    PredictConfig,
     PrepareConfig,
     TrainConfig,
 )
@@ -59,6 +60,11 @@ def train() -> None:
 def evaluate() -> None:
     """Evaluate a network on a prepared data set: AP^r and mean IoU, a report and an MLflow run."""
     _run("evaluate", lambda: _parse_evaluation(EvaluateConfig, evaluate.__doc__))
+
+
+def predict() -> None:
+    """Segment photographs, or a prepared data set: masks as PNGs and COCO results."""
+    _run("predict", lambda: tyro.cli(PredictConfig, description=predict.__doc__))
 
 
 def ablate() -> None:

@@ -54,11 +54,10 @@ def save_panel(
     save_figure(figure, place)
 
 
-def save_overlay(place: Place, image: np.ndarray, instance_map: InstanceMap, classes: Sequence[str]) -> None:
-    """Draw the instances over the image, with class and score, as a PNG of the image's size.
+def draw_overlay(image: np.ndarray, instance_map: InstanceMap, classes: Sequence[str]) -> bytes:
+    """Draw the instances over the image, with class and score; a PNG of the image's size.
 
     Args:
-        place: PNG to write.
         image: (H, W, 3) uint8 RGB.
         instance_map: Its instances.
         classes: Class names, [0] is "background".
@@ -69,7 +68,7 @@ def save_overlay(place: Place, image: np.ndarray, instance_map: InstanceMap, cla
     colours = PALETTE[choose_colours(instance_map.instances, len(instance_map))]
     show(axes, overlay(image, instance_map.instances, colours))
     _name_instances(axes, instance_map, classes)
-    save_figure(figure, place)
+    return _encode(figure)
 
 
 def blend(image: np.ndarray, ids: np.ndarray, colours: np.ndarray) -> np.ndarray:
@@ -179,6 +178,10 @@ def show(axes: Axes, picture: np.ndarray) -> None:
 
 def save_figure(figure: Figure, place: Place) -> None:
     """Write a PNG."""
+    StoragePath.of(place).publish(_encode(figure))
+
+
+def _encode(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    StoragePath.of(place).publish(buffer.getvalue())
+    return buffer.getvalue()
