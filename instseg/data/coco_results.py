@@ -27,30 +27,26 @@ SCHEMA = pa.schema(
 )
 
 
-def part_row(row: dict[str, Any], file_name: str, found: InstanceMap, panoptic: bool) -> dict[str, Any]:
+def part_row(row: dict[str, Any], number: int, file_name: str, found: InstanceMap, panoptic: bool) -> dict[str, Any]:
     """A row of `SCHEMA`, but for its files.
 
     Args:
         row: Of a prepared image.
+        number: Its id, as COCO's are numbers; one that comes from COCO keeps its own.
         file_name: Of the image.
         found: Its instances.
         panoptic: Whether PANOPTIC will be written.
     """
-    image = {"id": _coco_id(row), "file_name": file_name, "height": row["height"], "width": row["width"]}
-    results = found.to_coco(image["id"])
-    segments = _segments(results, found)
-    annotation = {"image_id": image["id"], "file_name": f"{row['image_id']}.png", "segments_info": segments}
+    name = row["image_id"]
+    id_ = int(name) if row["source"] == "coco" and name.isdecimal() else number
+    image = {"id": id_, "file_name": file_name, "height": row["height"], "width": row["width"]}
+    results = found.to_coco(id_)
+    annotation = {"image_id": id_, "file_name": f"{name}.png", "segments_info": _segments(results, found)}
     return {
         "image": json.dumps(image),
         "results": [json.dumps(result) for result in results],
         "panoptic": json.dumps(annotation) if panoptic else None,
     }
-
-
-def _coco_id(row: dict[str, Any]) -> int | str:
-    """COCO's own ids are numbers."""
-    text = row["image_id"]
-    return int(text) if row["source"] == "coco" and text.isdecimal() and str(int(text)) == text else text
 
 
 def _segments(results: list[dict[str, Any]], found: InstanceMap) -> list[dict[str, Any]]:

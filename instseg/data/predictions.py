@@ -6,8 +6,9 @@ import hashlib
 import io
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from instseg.data.dataset import PreparedDataset
 from instseg.data.files import digest, read_json, sha256_of, write_json
 from instseg.data.images import decode_photograph
 from instseg.data.manifest import differing, digest_files
+from instseg.data.network_outputs import DetectionRecord
 from instseg.data.quarantine import CorruptItemError, blame
 from instseg.data.schema import decode_prediction
 from instseg.data.shards import ShardPlan, ShardReport, ShardTask, encode_rows, find_shard, publish_shard
@@ -31,6 +33,7 @@ from instseg.storage import StorageError, StoragePath
 from instseg.structures import InstanceMap
 
 SETTINGS, SUMMARY, SHARDS = "settings.json", "summary.json", "shards"
+NUMBER, NAME = "number", "name"  # in an item's record: what COCO's JSON calls its image
 FOLDERS = ("instances", "semantic", "overlay", "panoptic")
 Draw = Callable[[np.ndarray, InstanceMap], bytes]
 
@@ -88,14 +91,26 @@ def clear(plan: PredictionPlan) -> None:
 
 def list_prepared(dataset: PreparedDataset) -> list[ShardTask]:
     """A task for each shard of a data directory."""
+    numbers = count(1)
     return [
-        ShardTask.of(index, [Item(i, "", _record(shard, row)) for row, i in enumerate(shard["image_ids"])], {})
+        ShardTask.of(index, [_item(i, next(numbers), shard, row) for row, i in enumerate(shard["image_ids"])], {})
         for index, shard in enumerate(dataset.manifest["shards"])
     ]
 
 
-def _record(shard: dict[str, Any], row: int) -> dict[str, Any]:
-    return {"file_name": shard["file"], "sha256": shard["sha256"], "row": row}
+def _item(image_id: str, number: int, shard: dict[str, Any], row: int) -> Item:
+    record = {"file_name": shard["file"], "sha256": shard["sha256"], "row": row}
+    return Item(image_id, "", record | {NUMBER: number, NAME: image_id})
+
+
+def list_files(items: Sequence[Item], shard_size: int, records: Mapping[str, list[DetectionRecord]]) -> list[ShardTask]:
+    """Tasks of so many files, with what another system has detected in them."""
+    numbered = [
+        replace(item, record=item.record | {NUMBER: number, NAME: item.record["file_name"]})
+        for number, item in enumerate(items, 1)
+    ]
+    starts = range(0, len(numbered), shard_size)
+    return [ShardTask.of(k, numbered[i : i + shard_size], records) for k, i in enumerate(starts)]
 
 
 def read_inputs(plan: PredictionPlan, task: ShardTask) -> Draft:
@@ -169,9 +184,8 @@ def write_predictions(plan: PredictionPlan, draft: Draft, draw: Draw) -> ShardRe
     report = draft.report
     if report is None:
         records = {item.image_id: item.record for item, _ in draft.task.items}
-        names = {i: i if plan.prepared else record["file_name"] for i, record in records.items()}
-        parts = [_write_image(plan, row, names[row["image_id"]], draw) for row in draft.rows]
-        for image_id in names.keys() - {row["image_id"] for row in draft.rows}:  # of an earlier run, perhaps
+        parts = [_write_image(plan, row, records[row["image_id"]], draw) for row in draft.rows]
+        for image_id in records.keys() - {row["image_id"] for row in draft.rows}:  # of an earlier run, perhaps
             for folder in FOLDERS:
                 (plan.out / folder / f"{image_id}.png").delete()
         content = encode_rows(parts, SCHEMA)
@@ -180,7 +194,7 @@ def write_predictions(plan: PredictionPlan, draft: Draft, draw: Draw) -> ShardRe
     return report
 
 
-def _write_image(plan: PredictionPlan, row: dict[str, Any], file_name: str, draw: Draw) -> dict[str, Any]:
+def _write_image(plan: PredictionPlan, row: dict[str, Any], record: dict[str, Any], draw: Draw) -> dict[str, Any]:
     """Write an image's PNGs; its row of the shard."""
     found = decode_prediction(row)
     assert found.semantic is not None  # for type checkers
@@ -194,7 +208,7 @@ def _write_image(plan: PredictionPlan, row: dict[str, Any], file_name: str, draw
     for folder, content in pictures.items():
         (plan.out / folder / name).publish(content)
         files.append({"name": f"{folder}/{name}", "sha256": hashlib.sha256(content).hexdigest()})
-    return part_row(row, file_name, found, plan.panoptic) | {"files": files}
+    return part_row(row, record[NUMBER], record[NAME], found, plan.panoptic) | {"files": files}
 
 
 def _png(array: np.ndarray, palette: list[int] | None = None) -> bytes:

@@ -10,7 +10,7 @@ from instseg.data.dataset import PreparedDataset
 from instseg.data.files import digest, sha256_of
 from instseg.data.folder import ImageFolder, list_folder
 from instseg.data.network_outputs import read_detections
-from instseg.data.predictions import list_prepared
+from instseg.data.predictions import list_files, list_prepared
 from instseg.data.quarantine import QuarantineRow
 from instseg.data.shards import ShardTask
 from instseg.data.voc import BACKGROUND_NAME, VOC_CLASSES
@@ -59,8 +59,7 @@ def list_tasks(
             f"{min(listing.known_ids)!r}"
         )
     orphans += listing.quarantined + unknown_images(records, listing.known_ids)
-    starts = range(0, len(listing.items), config.shard_size)
-    tasks = [ShardTask.of(k, listing.items[i : i + config.shard_size], records) for k, i in enumerate(starts)]
+    tasks = list_files(listing.items, config.shard_size, records)
     return tasks, listing.source, orphans
 
 

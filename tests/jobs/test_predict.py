@@ -116,10 +116,10 @@ def test_masks_are_those_of_the_method_on_each_image(photographs: Path, predicte
 
 def test_coco_reads_the_results(predicted: Path) -> None:
     truth = COCO(str(predicted / "images.json"))
-    results = truth.loadRes(str(predicted / "predictions.json"))
+    results: Any = truth.loadRes(str(predicted / "predictions.json"))
     assert [category["id"] for category in truth.cats.values()] == list(range(1, len(truth.cats) + 1))
     for image in truth.imgs.values():
-        instances = read(predicted / "instances" / f"{image['id']}.png")
+        instances = read(predicted / "instances" / Path(image["file_name"]).with_suffix(".png"))
         assert instances.shape == (image["height"], image["width"])
         annotations = results.imgToAnns[image["id"]]
         assert len(annotations) == instances.max()
@@ -130,7 +130,7 @@ def test_coco_reads_the_results(predicted: Path) -> None:
 
 def test_the_panoptic_format_says_the_same(predicted: Path) -> None:
     panoptic = json.loads((predicted / "panoptic.json").read_text())
-    results = COCO(str(predicted / "images.json")).loadRes(str(predicted / "predictions.json"))
+    results: Any = COCO(str(predicted / "images.json")).loadRes(str(predicted / "predictions.json"))
     assert {category["id"] for category in panoptic["categories"]} == set(results.cats)
     assert len(panoptic["images"]) == len(panoptic["annotations"]) == NUM_PHOTOGRAPHS - 1
     for annotation in panoptic["annotations"]:
@@ -140,7 +140,7 @@ def test_the_panoptic_format_says_the_same(predicted: Path) -> None:
         of_image = results.imgToAnns[annotation["image_id"]]
         assert len(of_image) == len(annotation["segments_info"])
         for segment, result in zip(annotation["segments_info"], of_image, strict=True):
-            assert segment["area"] == (ids == segment["id"]).sum() == result["area"]
+            assert segment["area"] == (ids == segment["id"]).sum() == coco_mask.area(result["segmentation"])
             assert segment["category_id"] == result["category_id"]
 
 
@@ -168,7 +168,9 @@ def test_the_same_command_does_what_is_missing(photographs: Path, predicted: Pat
     changed = {f"{folder}/{BAD}.png" for folder in ("instances", "semantic", "overlay", "panoptic")}
     shard = {"shards/shard-00001.json", "shards/shard-00001.parquet"}
     assert touched == {*others, *changed, *shard}
-    assert json.loads((out / "images.json").read_text())["images"][3]["id"] == BAD
+    images = json.loads((out / "images.json").read_text())["images"]
+    assert [(image["id"], image["file_name"]) for image in images][3] == (4, f"{BAD}.jpg")
+    assert [image["id"] for image in json.loads((predicted / "images.json").read_text())["images"]] == [1, 2, 3, 5, 6]
 
 
 def test_other_settings_and_other_folders_are_refused(photographs: Path, predicted: Path, tmp_path: Path) -> None:
@@ -242,7 +244,8 @@ def test_networks_that_run_here(photographs: Path, tmp_path: Path) -> None:
         str(tmp_path / "out"),
         images=str(tmp_path / "turned.jpg"),
         recipe="pretrained",
-        **names,
+        detector=names["detector"],
+        semantic=names["semantic"],
         detector_weights=str(tmp_path / "detector.pth"),
         semantic_weights=str(tmp_path / "semantic.pth"),
         classes=str(photographs / "classes.txt"),
