@@ -161,12 +161,44 @@ class GrabCutConfig(_Checked):
             positive(name, getattr(self, name))
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShardsConfig(_Checked):
+    """What prepare and predict have in common: where detections and logits come from, and how images travel.
+
+    Detections and logits are another system's, or of networks that are run here, or there are none.
+    """
+
+    detections: str | None = None  # COCO results JSON
+    detector: str | None = None  # instead: a Faster R-CNN of torchvision by name, to be run
+    detector_weights: str = "default"  # "default": torchvision's, of COCO; or a state dict, .safetensors or .pth
+    nms_iou: float = 0.3  # of --detector: of two boxes of a class that overlap more, the better stays
+    logits: str | None = None  # folder of <image_id>.npz
+    semantic: str | None = (
+        None  # instead: a segmentation network of torchvision by name, or a run or checkpoint of ours
+    )
+    semantic_weights: str | None = None  # as --detector-weights; default: torchvision's, of COCO with VOC's classes
+    device: Device = "auto"  # of the networks; "auto": GPUs if there are any, else CPUs
+    min_score: float = 0.05  # detections below are left out
+    grabcut: GrabCutConfig = field(default_factory=GrabCutConfig)
+    shard_size: int = 16  # images per Parquet file, and per task
+    max_quarantined: float = 0.01  # share of images; above it the job fails
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("min_score", "max_quarantined", "nms_iou"):
+            unit_interval(name, getattr(self, name))
+        positive("shard_size", self.shard_size)
+        for network, files in (("detector", "detections"), ("semantic", "logits")):
+            both = getattr(self, network) is not None and getattr(self, files) is not None
+            require(not both, network, f"no --{files} beside it", getattr(self, network))
+
+
 @dataclass(frozen=True)
-class PrepareConfig(_Checked):
+class PrepareConfig(ShardsConfig):
     """workflows/prepare.py: photographs and the outputs of two networks become Parquet shards.
 
     The photographs are of a VOC devkit, of SBD (with a devkit too, for trainaug), of a COCO-format JSON, or without
-    ground truth. Detections and logits are another system's, or of networks that are run here, or there are none.
+    ground truth.
     """
 
     out: str  # new data directory
@@ -184,27 +216,10 @@ class PrepareConfig(_Checked):
     classes: str | None = None
     # Of --coco: images with fewer pixels of the classes are left out; the paper's training set: 200.
     min_pixels: int = 0
-    detections: str | None = None  # COCO results JSON
-    detector: str | None = None  # instead: a Faster R-CNN of torchvision by name, to be run
-    detector_weights: str = "default"  # "default": torchvision's, of COCO; or a state dict, .safetensors or .pth
-    nms_iou: float = 0.3  # of --detector: of two boxes of a class that overlap more, the better stays
-    logits: str | None = None  # folder of <image_id>.npz
-    semantic: str | None = (
-        None  # instead: a segmentation network of torchvision by name, or a run or checkpoint of ours
-    )
-    semantic_weights: str | None = None  # as --detector-weights; default: torchvision's, of COCO with VOC's classes
-    device: Device = "auto"  # of the networks; "auto": GPUs if there are any, else CPUs
-    min_score: float = 0.05  # detections below are left out
-    grabcut: GrabCutConfig = field(default_factory=GrabCutConfig)
-    shard_size: int = 16  # images per Parquet file, and per task
-    max_quarantined: float = 0.01  # share of images; above it the job fails
     contact_sheet: str | None = None  # folder for what workflows/inspect.py shows of `out`, at the end
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("min_score", "max_quarantined", "nms_iou"):
-            unit_interval(name, getattr(self, name))
-        positive("shard_size", self.shard_size)
         non_negative("min_pixels", self.min_pixels)
         roots = [name for name in ("devkit", "sbd", "coco", "images") if getattr(self, name) is not None]
         known = (["devkit"], ["sbd"], ["devkit", "sbd"], ["coco", "images"], ["images"])
@@ -214,9 +229,46 @@ class PrepareConfig(_Checked):
         require(has_splits == (self.split is not None), "split", "one with --devkit or --sbd, else none", self.split)
         require(self.sbd is None or self.classes is None, "classes", "none with --sbd, which has VOC's", self.classes)
         require(self.coco is not None or self.min_pixels == 0, "min_pixels", "0 without --coco", self.min_pixels)
+
+
+PRETRAINED = {"detector": "fasterrcnn_resnet50_fpn", "semantic": "deeplabv3_resnet50"}  # torchvision's, by name
+
+
+@dataclass(frozen=True)
+class PredictConfig(ShardsConfig):
+    """workflows/predict.py: photographs become masks: PNGs, and COCO results for all of them."""
+
+    out: str  # new folder
+    images: str | None = None  # photographs: a file, a folder and all below it, or a glob; or a URI
+    data: str | None = None  # instead: a directory that prepare.py wrote, with its detections and logits
+    checkpoint: str | None = None  # a checkpoint or run directory; default: hand-set weights of the CRFs
+    # Instead of a checkpoint, "pretrained": torchvision's networks, fasterrcnn_resnet50_fpn and deeplabv3_resnet50
+    # where no others are named, and the hand-set weights.
+    recipe: Literal["pretrained"] | None = None
+    # "voc", or a text file, one foreground class a line; default: the checkpoint's, else VOC's
+    classes: str | None = None
+    panoptic: bool = False  # also panoptic.json and panoptic/, in COCO's format
+    overlays: bool = True  # also the instances drawn over each image
+    max_quarantined: float = field(default=0.5, kw_only=True)  # share of images; above it the job fails
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require((self.images is None) != (self.data is None), "photographs", "--images or --data", _both(self.images))
+        require(not (self.checkpoint and self.recipe), "recipe", "none beside --checkpoint", self.recipe)
+        for name in ("recipe", "detections", "detector", "logits", "semantic", "classes"):
+            given = getattr(self, name)
+            require(self.data is None or given is None, name, "none with --data, which has been prepared", given)
         for network, files in (("detector", "detections"), ("semantic", "logits")):
-            both = getattr(self, network) is not None and getattr(self, files) is not None
-            require(not both, network, f"no --{files} beside it", getattr(self, network))
+            if self.recipe is not None and getattr(self, network) is None and getattr(self, files) is None:
+                object.__setattr__(self, network, PRETRAINED[network])
+        found = self.data or self.detections or self.detector
+        require(bool(found), "detections", f"--detections FILE, --detector {PRETRAINED['detector']}, ...", "neither")
+        scores = self.data or self.checkpoint or self.logits or self.semantic
+        require(bool(scores), "logits", f"--logits FOLDER, --semantic {PRETRAINED['semantic']}, ...", "neither")
+
+
+def _both(given: object) -> str:
+    return "neither" if given is None else "both"
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,18 @@ class StoragePath:
         with _renamed(self.local) as temporary:
             shutil.copyfile(source, temporary)
 
+    @contextmanager
+    def publishing(self) -> Iterator[IO[bytes]]:
+        """As `publish`, with what is written into the given file within the context, which may exceed the memory."""
+        if self.local is not None:
+            with _renamed(self.local) as temporary, temporary.open("wb") as file:
+                yield file
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            with (Path(folder) / self.name).open("wb") as file:
+                yield file
+            self.publish_file(Path(folder) / self.name)
+
     def delete(self) -> None:
         """Delete the file, if there is one."""
         if self.local is not None:

@@ -5,11 +5,16 @@ Images are RGB uint8. Boxes are `xyxy` in pixels, half-open, inside the image. C
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from instseg.checks import array, require
+
+if TYPE_CHECKING:
+    from supervision import Detections as SupervisionDetections  # pyright: ignore[reportMissingImports]
 
 BACKGROUND = 0
 IGNORE_LABEL = 255
@@ -157,6 +162,98 @@ class InstanceMap:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def masks(self) -> np.ndarray:
+        """(K, H, W) bool, the pixels of each instance."""
+        return self.instances == np.arange(1, len(self) + 1)[:, None, None]
+
+    def to_coco(self, image_id: int | str) -> list[dict[str, Any]]:
+        """COCO results, one for each instance: {image_id, category_id, score, bbox, segmentation}.
+
+        The category is the label, the box [x, y, w, h] that of the mask in pixels, the segmentation compressed run
+        lengths with text counts, which JSON can hold.
+
+        Raises:
+            ImportError: If pycocotools is not installed.
+        """
+        from pycocotools import mask as coco_mask
+
+        results = []
+        for index, mask in enumerate(self.masks):
+            rle: Any = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+            result = {
+                "image_id": image_id,
+                "category_id": int(self.labels[index]),
+                "score": float(self.scores[index]),
+                "bbox": [float(value) for value in coco_mask.toBbox(rle)],
+                "segmentation": {"size": list(mask.shape), "counts": rle["counts"].decode()},
+            }
+            results.append(result)
+        return results
+
+    @staticmethod
+    def from_coco(results: Sequence[dict[str, Any]], size: tuple[int, int]) -> InstanceMap:
+        """The instances of one image's COCO results, as `to_coco` or another system wrote them.
+
+        Where masks overlap, the higher score is on top; what is covered altogether is left out.
+
+        Args:
+            results: Each with category_id, score, and a segmentation in run lengths or polygons.
+            size: (height, width) of the image.
+
+        Returns:
+            The instances in the order of the results, whose indices are its `detection_indices`.
+
+        Raises:
+            ValueError: If one lacks a field or its mask has another size.
+            ImportError: If pycocotools is not installed.
+        """
+        owner = np.full(size, -1)
+        for index in sorted(range(len(results)), key=lambda i: results[i].get("score", 0)):
+            owner[_decode_mask(f"results[{index}]", results[index], size)] = index
+        kept = np.unique(owner[owner >= 0])
+        renumber = np.zeros(len(results) + 1, np.int32)  # the last stands for -1
+        renumber[kept] = np.arange(1, len(kept) + 1)
+        return InstanceMap(
+            instances=renumber[owner],
+            labels=np.array([results[index]["category_id"] for index in kept], np.int64),
+            scores=np.array([results[index]["score"] for index in kept], np.float32),
+            detection_indices=kept.astype(np.int64),
+        )
+
+    def to_supervision(self) -> SupervisionDetections:
+        """The instances as `supervision.Detections`, with masks, tight boxes (xyxy), labels and scores.
+
+        Raises:
+            ImportError: If the package supervision is not installed, which instseg does not need otherwise.
+        """
+        try:
+            import supervision  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise ImportError("to_supervision needs the package supervision: pip install supervision") from None
+        masks = self.masks
+        corners = [[(axis.min(), axis.max() + 1) for axis in np.nonzero(mask)] for mask in masks]
+        boxes = [[x0, y0, x1, y1] for (y0, y1), (x0, x1) in corners]
+        return supervision.Detections(
+            xyxy=np.array(boxes, np.float32).reshape(-1, 4), mask=masks, confidence=self.scores, class_id=self.labels
+        )
+
+
+def _decode_mask(name: str, result: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """(H, W) bool, of a COCO result's run lengths or polygons."""
+    from pycocotools import mask as coco_mask
+
+    missing = {"category_id", "score", "segmentation"} - result.keys()
+    require(not missing, name, "category_id, score and segmentation", f"none of {sorted(missing)}")
+    segmentation = result["segmentation"]
+    if isinstance(segmentation, list):
+        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))  # pyright: ignore
+    elif isinstance(segmentation["counts"], list):
+        segmentation = coco_mask.frPyObjects(segmentation, *size)
+    got = tuple(segmentation["size"])
+    require(got == size, f"{name}: segmentation", f"the image's size {size}", got)
+    return coco_mask.decode(segmentation).astype(np.bool_)
 
 
 def box_to_slices(box: np.ndarray, height: int, width: int) -> tuple[slice, slice]:

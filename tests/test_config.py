@@ -22,7 +22,7 @@ INTEGERS = [(kind, name) for kind, name, hint in FIELDS if hint in (int, int | N
 
 
 def build(kind: type, **values: Any) -> Any:
-    required = {"devkit", "split", "detections", "data", "out"}
+    required = {"devkit", "split", "data", "out"}
     return kind(**{field.name: "-" for field in fields(kind) if field.name in required} | values)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
 import numpy as np
 import pytest
 import torch
 
-from instseg.structures import Detections, Sample, box_to_slices
+from instseg.structures import Detections, InstanceMap, Sample, box_to_slices
 
 
 def detections(label=1, score=0.5, box=(1.0, 2.0, 5.0, 6.0)) -> Detections:
@@ -98,3 +101,73 @@ def test_sample_names_an_image_that_it_cannot_use(image, message):
 def test_a_box_holds_every_pixel_that_it_touches(box, rows, columns):
     got = box_to_slices(np.array(box), height=8, width=10)
     assert [(s.start, s.stop) for s in got] == [rows, columns]
+
+
+@pytest.fixture
+def three_instances() -> InstanceMap:
+    """Beside each other and around a hole, of which the last is a single pixel at the border."""
+    instances = np.zeros((6, 8), np.int32)
+    instances[1:5, 1:4] = 1
+    instances[2, 2] = 0
+    instances[1:5, 4:6] = 2
+    instances[5, 7] = 3
+    return InstanceMap(instances, np.array([2, 2, 7]), np.array([0.9, 0.1, 0.5], np.float32), np.array([4, 0, 2]))
+
+
+def test_coco_results_hold_the_instances(three_instances):
+    results = json.loads(json.dumps(three_instances.to_coco("a")))
+    assert [(r["image_id"], r["category_id"], r["bbox"]) for r in results] == [
+        ("a", 2, [1, 1, 3, 4]),
+        ("a", 2, [4, 1, 2, 4]),
+        ("a", 7, [7, 5, 1, 1]),
+    ]
+    back = InstanceMap.from_coco(results, (6, 8))
+    np.testing.assert_array_equal(back.instances, three_instances.instances)
+    np.testing.assert_array_equal(back.labels, three_instances.labels)
+    np.testing.assert_array_equal(back.scores, three_instances.scores)
+    assert back.detection_indices.tolist() == [0, 1, 2]
+    assert InstanceMap.from_coco([], (6, 8)).to_coco(1) == []
+
+
+def test_of_overlapping_masks_the_better_is_on_top():
+    box = [[0, 0, 4, 0, 4, 4, 0, 4]]
+    hidden, best = ({"category_id": k, "score": score, "segmentation": box} for k, score in ((1, 0.2), (2, 0.8)))
+    runs = {"size": [6, 8], "counts": [0, 12, 36]}  # uncompressed: the first two columns
+    between = {"category_id": 3, "score": 0.5, "segmentation": runs}
+    found = InstanceMap.from_coco([hidden, between, best], (6, 8))
+    assert (found.labels.tolist(), found.detection_indices.tolist()) == ([3, 2], [1, 2])
+    assert (found.instances == 2).sum() == 16
+    assert (found.instances == 1).sum() == 12 - 8
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ({"category_id": 1, "score": 0.5}, r"results\[0\]: expected category_id, score and segmentation, got none of"),
+        (
+            {"category_id": 1, "score": 0.5, "segmentation": {"size": [6, 9], "counts": [54]}},
+            r"results\[0\]: segmentation: expected the image's size \(6, 8\), got \(6, 9\)",
+        ),
+    ],
+)
+def test_coco_results_that_do_not_fit_are_named(result, message):
+    with pytest.raises(ValueError, match=message):
+        InstanceMap.from_coco([result], (6, 8))
+
+
+def test_supervision_is_asked_for_where_it_is_missing(three_instances, monkeypatch):
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(ImportError, match="pip install supervision"):
+        three_instances.to_supervision()
+
+
+def test_supervision_has_the_instances(three_instances):
+    supervision = pytest.importorskip("supervision")
+    found = three_instances.to_supervision()
+    assert isinstance(found, supervision.Detections)
+    assert found.xyxy.tolist() == [[1, 1, 4, 5], [4, 1, 6, 5], [7, 5, 8, 6]]
+    assert (found.class_id.tolist(), found.area.tolist()) == ([2, 2, 7], [11, 8, 1])
+    np.testing.assert_array_equal(found.mask, three_instances.masks)
+    np.testing.assert_array_equal(found.confidence, three_instances.scores)
+    empty = InstanceMap(np.zeros((6, 8), np.int32), np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0))
+    assert len(empty.to_supervision()) == 0

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from instseg.config import PrepareConfig
+from instseg.config import PrepareConfig, ShardsConfig
 from instseg.data.dataset import MANIFEST, read_manifest
 from instseg.data.files import digest, sha256_of, write_json
 from instseg.data.quarantine import QuarantineRow, count_by_kind
@@ -45,7 +45,7 @@ def collect_settings(config: PrepareConfig, listing: Listing, networks: dict[str
         **{f"grabcut.{name}": value for name, value in asdict(config.grabcut).items()},
         "shard_size": config.shard_size,
         "image_ids": digest(image_ids),
-        "images": _digest_files(path for item in items for path in listing.source.files(item)),
+        "images": digest_files(path for item in items for path in listing.source.files(item)),
         "records": digest([digest(item.record) for item in items]),
         "detections": None if config.detections is None else sha256_of(config.detections),
         "logits": _digest_logits(config.logits, image_ids),
@@ -58,10 +58,11 @@ def _digest_logits(folder: str | None, image_ids: list[str]) -> str | None:
         return None
     if not (root := StoragePath.of(folder)).is_folder():
         raise FileNotFoundError(f"logits {folder}: no such folder")
-    return _digest_files(root / f"{image_id}.npz" for image_id in image_ids)
+    return digest_files(root / f"{image_id}.npz" for image_id in image_ids)
 
 
-def _digest_files(paths: Iterable[StoragePath]) -> str:
+def digest_files(paths: Iterable[StoragePath]) -> str:
+    """Of the content of files, missing ones included, in their order."""
     with ThreadPoolExecutor(_NUM_READERS) as pool:
         return digest(list(pool.map(_digest_file, paths)))
 
@@ -76,7 +77,7 @@ def _digest_file(path: StoragePath) -> str | None:
         return None
 
 
-def collect_versions(config: PrepareConfig) -> dict[str, Any]:
+def collect_versions(config: ShardsConfig) -> dict[str, Any]:
     """Versions that the bytes may depend on, "format" being our own."""
     runs_networks = config.detector is not None or config.semantic is not None
     packages = _PACKAGES | (_NETWORK_PACKAGES if runs_networks else {})
@@ -91,14 +92,17 @@ def has_manifest(out: StoragePath, settings: dict[str, Any]) -> bool:
     """
     if (out / MANIFEST).size() is None:
         return False
-    there = read_manifest(out)["settings"]
-    differing = [
-        f"{name} ({there.get(name)} there, {value} now)" for name, value in settings.items() if there.get(name) != value
-    ]
-    if differing:
-        text = "; ".join(differing)
-        raise ValueError(f"out {out}: holds data prepared with other settings: {text}; choose another --out")
+    others = differing(read_manifest(out)["settings"], settings)
+    if others:
+        raise ValueError(f"out {out}: holds data prepared with other settings: {others}; choose another --out")
     return True
+
+
+def differing(there: dict[str, Any], now: dict[str, Any]) -> str:
+    """The settings that are others than those there, "" if there are none."""
+    return "; ".join(
+        f"{name} ({there.get(name)} there, {value} now)" for name, value in now.items() if there.get(name) != value
+    )
 
 
 def write_manifest(

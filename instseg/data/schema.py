@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from instseg.data.images import decode_image, decode_photograph
-from instseg.structures import VOID, Detections, Sample
+from instseg.structures import VOID, Detections, InstanceMap, Sample
 
 FORMAT_VERSION = 2  # raise it whenever the same inputs would give other bytes
 
@@ -78,6 +78,35 @@ def decode_row(row: dict[str, Any]) -> Sample:
         instances=None if instances is None else decode_instances(instances),
         instance_labels=np.array(row["instance_labels"], np.int64),
         logits=None if logits is None else np.frombuffer(logits["data"], "<f2").reshape(logits["shape"]).copy(),
+    )
+
+
+def encode_prediction(found: InstanceMap, detections: list[dict[str, Any]]) -> dict[str, Any]:
+    """The fields of a row in which predicted instances stand for the true ones.
+
+    Args:
+        found: K instances, with `semantic`.
+        detections: The row's; those that became instances are kept, with the instances' scores.
+    """
+    assert found.semantic is not None  # for type checkers: networks compute it
+    nothing = {"foreground": None, "foreground_source": None}
+    kept = zip(found.detection_indices, found.scores, strict=True)
+    return {
+        "semantic": _encode_png(found.semantic),
+        "instances": encode_instances(found.instances),
+        "instance_labels": found.labels.tolist(),
+        "detections": [detections[index] | nothing | {"score": float(score)} for index, score in kept],
+    }
+
+
+def decode_prediction(row: dict[str, Any]) -> InstanceMap:
+    """The instances that `encode_prediction` wrote; `detection_indices` are of those that the row has kept."""
+    return InstanceMap(
+        instances=decode_instances(row["instances"]),
+        labels=np.array(row["instance_labels"], np.int64),
+        scores=np.array([entry["score"] for entry in row["detections"]], np.float32),
+        detection_indices=np.arange(len(row["detections"])),
+        semantic=np.array(decode_image(row["semantic"])),
     )
 
 

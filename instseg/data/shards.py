@@ -145,11 +145,31 @@ def write_shard(
     Raises:
         OSError: If it cannot be written.
     """
+    return publish_shard(plan, task, encode_rows(rows, SCHEMA), rows, quarantined, notes)
+
+
+def encode_rows(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
+    """A Parquet file with a row group for each row."""
     sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, SCHEMA, **_PARQUET) as writer:
+    with pq.ParquetWriter(sink, schema, **_PARQUET) as writer:
         for row in rows:
-            writer.write_batch(pa.RecordBatch.from_pylist([row], schema=SCHEMA))  # one row group
-    content = sink.getvalue().to_pybytes()
+            writer.write_batch(pa.RecordBatch.from_pylist([row], schema=schema))
+    return sink.getvalue().to_pybytes()
+
+
+def publish_shard(
+    plan: ShardPlan,
+    task: ShardTask,
+    content: bytes,
+    rows: list[dict[str, Any]],
+    quarantined: list[QuarantineRow],
+    notes: Counter[str],
+) -> ShardReport:
+    """Write the content of a shard, and then its report, which counts what these rows of `SCHEMA` have.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
     (plan.out / task.file).publish(content)
     report = ShardReport(
         file=task.file,

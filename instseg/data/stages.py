@@ -1,4 +1,4 @@
-"""The stages that a shard goes through as a whole: read -> detect -> segment -> foreground -> write."""
+"""The stages that a shard goes through as a whole: read -> detect -> segment -> foreground (-> predict) -> write."""
 
 from __future__ import annotations
 
@@ -16,10 +16,18 @@ from instseg.data.foreground import compute_foregrounds
 from instseg.data.images import ROTATED, decode_photograph
 from instseg.data.network_outputs import DetectionRecord, import_detections, read_logits
 from instseg.data.quarantine import CorruptItemError, LeftOut, QuarantineRow, blame
-from instseg.data.schema import SCHEMA, decode_detections, encode_detections, encode_logits, encode_row
+from instseg.data.schema import (
+    SCHEMA,
+    decode_detections,
+    decode_row,
+    encode_detections,
+    encode_logits,
+    encode_prediction,
+    encode_row,
+)
 from instseg.data.shards import ShardPlan, ShardReport, ShardTask, find_shard, write_shard
 from instseg.data.source import Item
-from instseg.structures import Detections, Sample
+from instseg.structures import Detections, InstanceMap, Sample
 
 
 @dataclass
@@ -33,6 +41,7 @@ class Draft:
         notes: As of `ShardReport`.
         seconds: What each stage took.
         report: Of the shard if it was there already; then there are no rows.
+        digest: Of what the shard depends on, where that is the plan's and the content of its own inputs.
     """
 
     task: ShardTask
@@ -41,6 +50,7 @@ class Draft:
     notes: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
     report: ShardReport | None = None
+    digest: str = ""
 
     @property
     def kept(self) -> bool:
@@ -67,6 +77,7 @@ class Draft:
             notes=Counter(rest["notes"]),
             seconds=rest["seconds"],
             report=None if rest["report"] is None else ShardReport.of_json(rest["report"]),
+            digest=rest["digest"],
         )
 
     def fill(self, stage: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -84,17 +95,22 @@ class Draft:
 
 def read(plan: ShardPlan, task: ShardTask) -> Draft:
     """Images, ground truth, and the detections and logits of other systems; nothing if the shard is there already."""
-    start, draft = time.perf_counter(), Draft(task)
-    draft.report = find_shard(plan, task)
-    for item, records in [] if draft.kept else task.items:
+    start, draft = time.perf_counter(), Draft(task, report=find_shard(plan, task))
+    if not draft.kept:
+        read_items(plan, draft)
+    draft.seconds["read"] = time.perf_counter() - start
+    return draft
+
+
+def read_items(plan: ShardPlan, draft: Draft) -> None:
+    """Fill a draft with the rows of its images, without foregrounds."""
+    for item, records in draft.task.items:
         try:
             draft.rows.append(_read_item(plan, item, records, draft))
         except LeftOut as rule:
             draft.notes[f"left out: {rule}"] += 1
         except CorruptItemError as error:
             draft.quarantined.append(error.row)
-    draft.seconds["read"] = time.perf_counter() - start
-    return draft
 
 
 def _read_item(plan: ShardPlan, item: Item, records: list[DetectionRecord], draft: Draft) -> dict[str, Any]:
@@ -130,6 +146,16 @@ def segment(draft: Draft, network: Callable[[np.ndarray], np.ndarray]) -> Draft:
         return {"semantic_logits": encode_logits(network(_pixels(row)))}
 
     draft.fill("segment", segmented)
+    return draft
+
+
+def predict(draft: Draft, network: Callable[[Sample], InstanceMap]) -> Draft:
+    """Instances in the place of the true ones, and those detections that they came from."""
+
+    def predicted(row: dict[str, Any]) -> dict[str, Any]:
+        return encode_prediction(network(decode_row(row)), row["detections"])
+
+    draft.fill("predict", predicted)
     return draft
 
 

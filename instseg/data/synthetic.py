@@ -17,6 +17,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter, maximum_filter, minimum_filter
 
 from instseg.data.scenes import CLASSES, Scene, draw_scene
+from instseg.data.voc import voc_palette
 from instseg.structures import IGNORE_LABEL
 
 _STRIDE = 8  # pixels of the image a logit
@@ -142,17 +143,8 @@ def _write_scene(folder: Path, image_id: str, scene: Scene) -> None:
     void = maximum_filter(ids, footprint=_CROSS) != minimum_filter(ids, footprint=_CROSS)
     for name, mask in (("SegmentationClass", scene.semantic), ("SegmentationObject", ids)):
         indexed = Image.fromarray(np.where(void, IGNORE_LABEL, mask).astype(np.uint8))
-        indexed.putpalette(_voc_palette())
+        indexed.putpalette(voc_palette())
         indexed.save(folder / name / f"{image_id}.png")
 
 
 _CROSS = np.array([[0, 1, 0], [1, 1, 0], [0, 0, 0]], bool)  # one pixel wide: up and left only
-
-
-def _voc_palette() -> list[int]:
-    """The colours of VOC's indexed PNGs: the bits of the index spread over red, green and blue."""
-    return [
-        sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3))
-        for index in range(256)
-        for channel in range(3)
-    ]

@@ -166,3 +166,12 @@ def instance_classes(semantic: np.ndarray, instances: np.ndarray) -> np.ndarray:
             raise ValueError(f"instance {instance} has no class: only background or void lies under it")
         labels[instance - 1] = np.bincount(classes).argmax()
     return labels
+
+
+def voc_palette() -> list[int]:
+    """The colours of VOC's indexed PNGs: the bits of the index spread over red, green and blue."""
+    return [
+        sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3))
+        for index in range(256)
+        for channel in range(3)
+    ]

@@ -28,6 +28,7 @@ from instseg.config import (
     FetchConfig,
     InspectConfig,
     ModelConfig,
+    PredictConfig,
     PrepareConfig,
     TrainConfig,
 )
@@ -76,6 +77,11 @@ def evaluate() -> None:
     Example: workflows/evaluate.py --data runs/voc/val --checkpoint runs/voc/run --out runs/voc/evaluation
     """
     _run("evaluate", lambda: _parse_evaluation(EvaluateConfig, getdoc(evaluate)))
+
+
+def predict() -> None:
+    """Segment photographs, or a prepared data set: masks as PNGs and COCO results."""
+    _run("predict", lambda: tyro.cli(PredictConfig, description=predict.__doc__))
 
 
 def ablate() -> None:

@@ -1,13 +1,15 @@
-"""The whole system on a generated data set."""
+"""The whole system on a generated data set, and a photograph."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 from instseg import recipes
 from instseg.config import AblateConfig, DemoConfig, PrepareConfig, TrackingConfig
 from instseg.data.synthetic import write_synthetic_devkit
 from instseg.jobs.ablate import ablate
+from instseg.jobs.photograph import save_photograph
 from instseg.jobs.prepare import prepare
 from instseg.jobs.train import train
 from instseg.storage import StoragePath
@@ -33,3 +35,8 @@ def demo(config: DemoConfig) -> None:
     run = replace(recipes.demo(str(out / "train"), str(out / "run")), tracking=tracking)
     train(run)
     ablate(AblateConfig(str(out / "val"), str(out / "report"), checkpoint=run.out, tracking=tracking))
+    if find_spec("skimage") is None:
+        print("no photograph: scikit-image, which ships it, is not installed", flush=True)
+        return
+    save_photograph(out / "photograph.png")
+    print(f"a photograph, segmented from boxes and a map drawn by hand: {out / 'photograph.png'}", flush=True)

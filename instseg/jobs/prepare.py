@@ -56,12 +56,12 @@ def _complete(config: PrepareConfig) -> PreparedDataset:
     out = check_out(config.out)
     listing = list_images(config)
     records, orphans = read_detections(config.detections) if config.detections is not None else ({}, [])
-    orphans += listing.quarantined + _unknown_images(records, listing.known_ids)
+    orphans += listing.quarantined + unknown_images(records, listing.known_ids)
     settings = collect_settings(config, listing, describe_networks(config))
     num_images = len(listing.items)
     if has_manifest(out, settings) and _is_sound(out):
         print(f"nothing to do: {out} is complete and was prepared with these settings", flush=True)
-        _check_quarantine(read_quarantine(out / QUARANTINE), num_images, config.max_quarantined, out)
+        check_quarantine(read_quarantine(out / QUARANTINE), num_images, config.max_quarantined, out)
         return PreparedDataset(out)
 
     plan = ShardPlan(
@@ -79,7 +79,7 @@ def _complete(config: PrepareConfig) -> PreparedDataset:
     reports, seconds, num_kept = _write_shards(config, plan, tasks)
     quarantined = orphans + [row for report in reports for row in report.quarantined]
     write_quarantine(out / QUARANTINE, quarantined)
-    _check_quarantine(quarantined, num_images, config.max_quarantined, out)
+    check_quarantine(quarantined, num_images, config.max_quarantined, out)
     write_manifest(out, settings, reports, quarantined, collect_versions(config))
     dataset = PreparedDataset(out)
     num_done = sum(len(report.image_ids) for report, kept in zip(reports, num_kept, strict=True) if not kept)
@@ -88,7 +88,8 @@ def _complete(config: PrepareConfig) -> PreparedDataset:
     return dataset
 
 
-def _unknown_images(records: dict[str, list[DetectionRecord]], known: frozenset[str]) -> list[QuarantineRow]:
+def unknown_images(records: dict[str, list[DetectionRecord]], known: frozenset[str]) -> list[QuarantineRow]:
+    """The detections of images that nobody knows, for the quarantine."""
     reason = "detection for an image that is not in the data set"
     unknown = sorted(records.keys() - known)
     return [QuarantineRow(image_id, record.file, reason) for image_id in unknown for record in records[image_id]]
@@ -168,7 +169,8 @@ def _remove_leftovers(plan: ShardPlan, tasks: list[ShardTask]) -> None:
             (plan.out / name).delete()
 
 
-def _check_quarantine(rows: list[QuarantineRow], num_images: int, max_quarantined: float, out: StoragePath) -> None:
+def check_quarantine(rows: list[QuarantineRow], num_images: int, max_quarantined: float, out: StoragePath) -> None:
+    """Warn of what was quarantined. Raises ValueError if that is more than `max_quarantined` of the images."""
     warning = check_share(rows, num_images, max_quarantined, out / QUARANTINE)
     if warning:
         print(f"warning: {warning}", file=sys.stderr, flush=True)

@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
-from pycocotools import mask as coco_mask
 
 from instseg.config import GrabCutConfig
 from instseg.data.foreground import compute_foregrounds
@@ -23,7 +22,7 @@ from instseg.data.images import decode_photograph
 from instseg.data.network_outputs import DetectionRecord, import_detections, parse_json, parse_logits
 from instseg.models.checkpoint import find_checkpoint
 from instseg.models.network import InstanceNetwork
-from instseg.structures import Detections, InstanceMap, Sample
+from instseg.structures import Detections, Sample
 
 
 class ServedModel(PythonModel):
@@ -41,8 +40,8 @@ class ServedModel(PythonModel):
         """The instances of each row's image.
 
         Returns:
-            For each row a list of {class, category_id 1..K, score, bbox [x, y, w, h] in pixels, segmentation}, as in
-            COCO results; the segmentation is COCO RLE with text counts.
+            For each row a list of {class, image_id, category_id 1..K, score, bbox [x, y, w, h] in pixels,
+            segmentation}, as in COCO results; the segmentation is COCO RLE with text counts.
 
         Raises:
             ValueError: If a row is unfit; names it.
@@ -56,7 +55,9 @@ class ServedModel(PythonModel):
                 found = self.network.instance_map(self.network(sample))
         except Exception as error:  # of a file that is no archive, of JSON that is too deep, ...
             raise ValueError(f"row {index}: {error}") from error
-        return [self._instance(found, k) for k in range(len(found))]
+        image_id = row.get("image_id")
+        results = found.to_coco(image_id if isinstance(image_id, str) else "")
+        return [{"class": self.classes[result["category_id"]], **result} for result in results]
 
     def _sample(self, row: dict[Any, Any]) -> Sample:
         given = {name: value for name, value in row.items() if isinstance(value, str)}  # left out is None or NaN
@@ -82,18 +83,6 @@ class ServedModel(PythonModel):
         if bad:
             raise ValueError(f"{bad[0].file}: {bad[0].reason}")
         return compute_foregrounds(image, detections, image_id, GrabCutConfig())[0]
-
-    def _instance(self, found: InstanceMap, k: int) -> dict[str, Any]:
-        mask = found.instances == k + 1
-        rle: Any = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-        label = int(found.labels[k])
-        return {
-            "class": self.classes[label],
-            "category_id": label,
-            "score": float(found.scores[k]),
-            "bbox": [float(value) for value in coco_mask.toBbox(rle)],
-            "segmentation": {"size": list(mask.shape), "counts": rle["counts"].decode()},
-        }
 
 
 def _decode(column: str, given: dict[str, str]) -> bytes:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, one_hot
 
-from instseg.config import FULL, Ablation, ModelConfig
+from instseg.checks import require
+from instseg.config import FULL, Ablation, GrabCutConfig, ModelConfig
 from instseg.crf.higher_order import HigherOrderCRF
 from instseg.crf.identify import assign_naively, identify, identify_by_foreground
 from instseg.crf.instance import InstanceCRF
@@ -22,9 +24,10 @@ from instseg.models.semantic import build_semantic
 from instseg.models.weights import load_weights
 from instseg.shapes import Float
 from instseg.storage import Place
-from instseg.structures import InstanceMap, Sample
+from instseg.structures import Detections, InstanceMap, Sample
 
 _MIN_PRIOR = 1e-6  # as a score, which is greater than 0
+FindObjects = Callable[[np.ndarray], Detections]  # a detector: of an (H, W, 3) uint8 RGB image
 
 
 class NetworkOutput(NamedTuple):
@@ -69,15 +72,22 @@ class InstanceNetwork(nn.Module):
         self.detection_head = DetectionHead(num_labels) if config.detection_head else None
         self.semantic_crf = HigherOrderCRF(num_labels, config.semantic_crf)
         self.instance_crf = InstanceCRF(config.instance_crf)
+        self.find_objects: FindObjects | None = None  # what `segment` asks for detections that it is not given
 
     @staticmethod
-    def load(path: Place, config: ModelConfig | None = None, num_labels: int | None = None) -> InstanceNetwork:
+    def load(
+        path: Place,
+        config: ModelConfig | None = None,
+        num_labels: int | None = None,
+        detector: FindObjects | None = None,
+    ) -> InstanceNetwork:
         """A trained network, in evaluation mode, on the CPU.
 
         Args:
             path: A checkpoint, or a run directory, whose latest complete checkpoint is meant; a folder or a URI.
             config: Settings to run it with; default: those it was trained with.
             num_labels: The number of labels of the data it is meant for; default: any.
+            detector: For `segment`, such as an `instseg.models.detectors.Detector`, which stays on its own device.
 
         Raises:
             FileNotFoundError: If there is no complete checkpoint.
@@ -97,6 +107,8 @@ class InstanceNetwork(nn.Module):
         # The checkpoint replaces the weights that training started from, whose file may be gone.
         network = InstanceNetwork(replace(config, semantic_weights=None), expected)
         network.restore(checkpoint)
+        # Its call, because a module would become a part of this one, and of its state dict.
+        network.find_objects = None if detector is None else detector.__call__
         return network.eval()
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -296,6 +308,63 @@ class InstanceNetwork(nn.Module):
             detection_indices=kept.cpu().numpy(),
             semantic=semantic.to(torch.uint8).cpu().numpy(),
         )
+
+    @torch.no_grad()
+    def segment(
+        self, image: np.ndarray, detections: Detections | None = None, logits: np.ndarray | None = None
+    ) -> InstanceMap:
+        """Segment one image.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            detections: What a detector found; default: what the one that the network was loaded with finds. Where
+                they have no foregrounds, and the network has no detection head, GrabCut's are computed.
+            logits: (L, h, w) float of a semantic network at any resolution; none where this one has its own.
+
+        Raises:
+            ValueError: If there is nothing to take detections or logits from, or they do not fit the image or network.
+        """
+        if detections is None:
+            advice = "give some, or load the network with detector=…"
+            require(self.find_objects is not None, "detections", f"Detections ({advice})", "none, and no detector")
+            assert self.find_objects is not None  # for type checkers
+            detections = self.find_objects(image)
+        require(isinstance(detections, Detections), "detections", "instseg.Detections", type(detections).__name__)
+        own = f"{'(L, h, w)' if self.semantic is None else 'none'} with model.semantic {self.config.semantic!r}"
+        require((logits is None) == (self.semantic is not None), "logits", own, "none" if logits is None else "some")
+        sample = Sample("image", image, detections, logits=logits)
+        height, width = sample.image.shape[:2]
+        detections.check_image(height, width, self.num_labels)
+        if detections.foregrounds is None and self.detection_head is None:
+            from instseg.data.foreground import compute_foregrounds  # OpenCV, only where it is needed
+
+            found, _ = compute_foregrounds(sample.image, detections, "", GrabCutConfig())
+            sample = replace(sample, detections=found)
+        return self.instance_map(self(sample))
+
+    def segment_frames(
+        self,
+        frames: Iterable[np.ndarray],
+        detections: Iterable[Detections] | None = None,
+        logits: Iterable[np.ndarray] | None = None,
+    ) -> Iterator[InstanceMap]:
+        """Segment the frames of a video, each for itself: one is taken when its result is asked for, and none is kept.
+
+        Args:
+            frames: As `image` of `segment`, of any sizes, and as many as there come.
+            detections: Those of each frame; default: of the network's detector.
+            logits: Those of each frame; none where this network has its own.
+
+        Raises:
+            ValueError: As `segment`; or if there are fewer detections or logits than frames.
+        """
+        found, scores = (repeat(None) if each is None else iter(each) for each in (detections, logits))
+        for index, image in enumerate(frames):
+            try:
+                given: tuple[Any, Any] = next(found), next(scores)
+            except StopIteration:
+                raise ValueError(f"frame {index}: expected detections and logits of each frame, got no more") from None
+            yield self.segment(image, *given)
 
     def _tensor(self, array: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
         """NumPy to torch, on the parameters' device and by default in their dtype: the one border between the two."""

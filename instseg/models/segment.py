@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
-import torch
 
 from instseg.checks import array, require
-from instseg.config import GrabCutConfig, ModelConfig
+from instseg.config import ModelConfig
 from instseg.models.network import InstanceNetwork
 from instseg.models.semantic import LOGITS
-from instseg.structures import Detections, InstanceMap, Sample
+from instseg.structures import Detections, InstanceMap
 
 
 def segment_instances(
@@ -28,7 +26,8 @@ def segment_instances(
         image: (H, W, 3) uint8 RGB.
         semantic_probabilities: (L, h, w) float, class probabilities of any semantic network at any resolution, class 0
             the background.
-        detections: Any detector's detections; foregrounds are computed by GrabCut where they are None.
+        detections: Any detector's detections; foregrounds are computed by GrabCut where they are None, and no detection
+            head learns them.
         network: A trained one, `InstanceNetwork.load(path)`; default: hand-set parameters, kept between calls.
         config: Settings of the hand-set network, whose `semantic` must stay "logits" and which has no detection head.
 
@@ -40,16 +39,7 @@ def segment_instances(
     require(isinstance(detections, Detections), "detections", "instseg.Detections", type(detections).__name__)
     network = _network(network, config, len(probabilities))
     logits = np.log(np.maximum(probabilities, 1e-12)).astype(np.float32)
-    sample = Sample(image_id="image", image=image, detections=detections, logits=logits)
-    height, width = sample.image.shape[:2]
-    detections.check_image(height, width, len(probabilities))
-    if detections.foregrounds is None:
-        from instseg.data.foreground import compute_foregrounds  # OpenCV, only where it is needed
-
-        found, _ = compute_foregrounds(sample.image, detections, "", GrabCutConfig())
-        sample = replace(sample, detections=found)
-    with torch.no_grad():
-        return network.instance_map(network(sample))
+    return network.segment(image, detections, logits)
 
 
 def _checked(semantic_probabilities: np.ndarray) -> np.ndarray:
@@ -67,7 +57,7 @@ def _network(network: InstanceNetwork | None, config: ModelConfig | None, num_la
         require(isinstance(network, InstanceNetwork), "network", "an InstanceNetwork", type(network).__name__)
         require(config is None, "config", "None beside a network, which has its own", config)
     settings = network.config if network else config or ModelConfig()
-    instead = f"{settings.semantic!r}; call InstanceNetwork with a Sample to run its own semantic network"
+    instead = f"{settings.semantic!r}; call InstanceNetwork.segment to run its own semantic network"
     require(settings.semantic == LOGITS, "semantic", f"{LOGITS!r} beside semantic_probabilities", instead)
     trained = "False without a trained network"
     require(network is not None or not settings.detection_head, "detection_head", trained, settings.detection_head)

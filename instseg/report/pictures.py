@@ -54,11 +54,41 @@ def save_panel(
     save_figure(figure, place)
 
 
-def save_overlay(place: Place, image: np.ndarray, instance_map: InstanceMap, classes: Sequence[str]) -> None:
-    """Draw the instances over the image, with class and score, as a PNG of the image's size.
+def save_steps(
+    place: Place, sample: Sample, before: np.ndarray, predicted: InstanceMap, classes: Sequence[str]
+) -> None:
+    """Draw what goes in and what comes out: boxes, the semantic map before and after the CRF, instances.
 
     Args:
         place: PNG to write.
+        sample: Image and detections.
+        before: (H, W) integers, the class map that went in.
+        predicted: Its instances, with `semantic`.
+        classes: Class names, [0] is "background".
+    """
+    assert predicted.semantic is not None  # for type checkers
+    titles = ("Photograph and boxes", "Coarse semantic map", "After the dense CRF", "Instances")
+    height, width = sample.image.shape[:2]
+    cells = (COLUMN_INCHES, COLUMN_INCHES * height / width + 0.25)
+    figure = Figure(figsize=(cells[0] * len(titles), cells[1]), dpi=96, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)  # pyright: ignore
+    row = figure.subplots(1, len(titles))
+    colours = PALETTE[choose_colours(predicted.instances, len(predicted))]
+    show(row[0], sample.image / 255)
+    draw_boxes(row[0], sample, predicted, colours, classes)
+    for axes, semantic in zip(row[1:3], (before, predicted.semantic), strict=True):
+        _draw_classes(axes, sample.image, semantic, classes)
+    show(row[3], blend(sample.image, predicted.instances, colours))
+    name_instances(row[3], predicted, classes)
+    for axes, title in zip(row, titles, strict=True):
+        axes.set_title(title, fontsize=10, pad=4)
+    save_figure(figure, place)
+
+
+def draw_overlay(image: np.ndarray, instance_map: InstanceMap, classes: Sequence[str]) -> bytes:
+    """Draw the instances over the image, with class and score; a PNG of the image's size.
+
+    Args:
         image: (H, W, 3) uint8 RGB.
         instance_map: Its instances.
         classes: Class names, [0] is "background".
@@ -69,7 +99,7 @@ def save_overlay(place: Place, image: np.ndarray, instance_map: InstanceMap, cla
     colours = PALETTE[choose_colours(instance_map.instances, len(instance_map))]
     show(axes, overlay(image, instance_map.instances, colours))
     name_instances(axes, instance_map, classes)
-    save_figure(figure, place)
+    return _encode(figure)
 
 
 def blend(image: np.ndarray, ids: np.ndarray, colours: np.ndarray) -> np.ndarray:
@@ -104,13 +134,17 @@ def _draw_row(row: Sequence[Axes], sample: Sample, predicted: InstanceMap, class
     show(row[0], sample.image / 255)
     draw_boxes(row[0], sample, predicted, colours, classes)
     if semantic is not None:
-        show(row[1], blend(sample.image, semantic.astype(np.int64), class_colours(len(classes))))
-        for label in map(int, np.unique(semantic[semantic > 0])):
-            write(row[1], semantic == label, classes[label])
+        _draw_classes(row[1], sample.image, semantic, classes)
     show(row[2], blend(sample.image, predicted.instances, colours))
     name_instances(row[2], predicted, classes)
     for axes in row:
         axes.set_axis_off()
+
+
+def _draw_classes(axes: Axes, image: np.ndarray, semantic: np.ndarray, classes: Sequence[str]) -> None:
+    show(axes, blend(image, semantic.astype(np.int64), class_colours(len(classes))))
+    for label in map(int, np.unique(semantic[semantic > 0])):
+        write(axes, semantic == label, classes[label])
 
 
 def draw_boxes(axes: Axes, sample: Sample, predicted: InstanceMap, colours: np.ndarray, classes: Sequence[str]) -> None:
@@ -184,6 +218,10 @@ def show(axes: Axes, picture: np.ndarray) -> None:
 
 def save_figure(figure: Figure, place: Place) -> None:
     """Write a PNG."""
+    StoragePath.of(place).publish(_encode(figure))
+
+
+def _encode(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    StoragePath.of(place).publish(buffer.getvalue())
+    return buffer.getvalue()

@@ -6,6 +6,7 @@ INSTSEG_NUM_KILLS=20 kills as many; by default a few are, because each costs sec
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -155,3 +156,37 @@ def kill_at_random(process: subprocess.Popen[str], out: StoragePath, rng: random
         if kind == "driver":
             break
     return killed
+
+
+def test_predictions_are_there_once_too(disk: Site) -> None:
+    """A worker is killed, which the run survives, then the driver; the same command does what is missing."""
+    inputs, out, undisturbed = disk.folder / "devkit", disk.folder / "masks", disk.folder / "undisturbed_masks"
+
+    def start(out: Path) -> subprocess.Popen[str]:
+        options = {
+            "--images": inputs / "JPEGImages",
+            "--out": out,
+            "--shard-size": 2,
+            "--classes": inputs / "classes.txt",
+        }
+        options |= {"--detections": inputs / "detections.json", "--logits": inputs / "logits"}
+        words = [str(word) for pair in options.items() for word in pair]
+        with (disk.folder / f"{out.name}.log").open("a") as log:
+            command = [sys.executable, str(REPOSITORY / "workflows" / "predict.py"), *words]
+            return subprocess.Popen(command, stdout=log, stderr=log, text=True)
+
+    process, parts = start(out), StoragePath.of(out / "shards")
+    for kind in ("worker", "driver"):
+        assert wait_for_progress(process, parts, len(shards(parts))), (disk.folder / "masks.log").read_text()
+        while not (found := victims(process).get(kind)):
+            assert process.poll() is None
+        random.Random(SEED).choice(found).kill()
+    assert process.wait() == -signal.SIGKILL
+    finished = times(parts)
+    assert 0 < len(finished) < NUM_IMAGES // 2
+    assert start(out).wait() == 0, (disk.folder / "masks.log").read_text()
+    assert {name: times(parts)[name] for name in finished} == finished
+    assert start(undisturbed).wait() == 0
+    expected = {path.relative_to(undisturbed): path.read_bytes() for path in undisturbed.rglob("*.*")}
+    assert {path.relative_to(out): path.read_bytes() for path in out.rglob("*.*")} == expected
+    assert len(json.loads((out / "images.json").read_text())["images"]) == NUM_IMAGES + 1

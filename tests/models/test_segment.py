@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import count, repeat
 
 import numpy as np
 import pytest
 import torch
 
 from instseg import InstanceNetwork, ModelConfig, segment_instances
+from instseg.models.checkpoint import save_checkpoint
 from instseg.models.segment import _hand_set
 from tests.models.test_network import detections_of, two_squares
 
@@ -112,3 +114,72 @@ def test_input_that_cannot_be_used_is_named(inputs, position, value, message):
     arguments[position] = value
     with pytest.raises(ValueError, match=message):
         segment_instances(*arguments)
+
+
+@pytest.fixture
+def run(inputs, tmp_path):
+    """A checkpoint of a network that takes logits."""
+    network = InstanceNetwork(ModelConfig(), 3)
+    save_checkpoint(tmp_path, network.state_dict(), {"model": asdict(ModelConfig()), "num_labels": 3})
+    return tmp_path
+
+
+def test_a_loaded_network_segments_an_image(inputs, run):
+    image, probabilities, detections = inputs
+    expected = segment_instances(*inputs)
+    logits = np.log(probabilities)
+    for network, given in (
+        (InstanceNetwork.load(run), detections),
+        (InstanceNetwork.load(f"file://{run}", detector=lambda _: detections), None),
+    ):
+        found = network.segment(image, given, logits)
+        np.testing.assert_array_equal(found.instances, expected.instances)
+        np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
+
+
+def test_a_detector_that_is_a_module_is_no_part_of_the_network(inputs, run):
+    class Constant(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, image):
+            return inputs[2]
+
+    network = InstanceNetwork.load(run, detector=Constant())
+    assert network.state_dict().keys() == InstanceNetwork.load(run).state_dict().keys()
+    assert len(network.segment(inputs[0], logits=np.log(inputs[1]))) == 2
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+def test_what_segment_lacks_is_named(inputs, run):
+    image, probabilities, detections = inputs
+    network, logits = InstanceNetwork.load(run), np.log(probabilities)
+    with pytest.raises(ValueError, match=r"detections: expected Detections \(.*detector=…\), got none"):
+        network.segment(image, logits=logits)
+    with pytest.raises(ValueError, match=r"logits: expected \(L, h, w\) with model.semantic 'logits', got none"):
+        network.segment(image, detections)
+    with pytest.raises(ValueError, match=r"detections: expected instseg.Detections, got list"):
+        network.segment(image, [], logits)  # pyright: ignore[reportArgumentType]
+
+
+def test_frames_go_in_and_come_out_one_by_one(inputs, run):
+    image, probabilities, detections = inputs
+    network, taken = InstanceNetwork.load(run, detector=lambda _: detections), []
+
+    def camera():
+        for number in count():
+            taken.append(number)
+            yield np.roll(image, number, axis=1)
+
+    expected = network.segment(image, detections, np.log(probabilities))
+    results = network.segment_frames(camera(), logits=repeat(np.log(probabilities)))
+    assert taken == []
+    np.testing.assert_array_equal(next(results).instances, expected.instances)
+    assert taken == [0]
+    next(results)
+    assert taken == [0, 1]
+    short = network.segment_frames([image, image], detections=[detections], logits=repeat(np.log(probabilities)))
+    next(short)
+    with pytest.raises(ValueError, match="frame 1: expected detections and logits of each frame, got no more"):
+        next(short)

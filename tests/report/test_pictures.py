@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from instseg.report.colours import PALETTE, choose_colours
-from instseg.report.pictures import blend, save_overlay, save_panel
+from instseg.report.pictures import blend, draw_overlay, save_panel
 from instseg.structures import Detections, InstanceMap, Sample
 
 CLASSES = ("background", "cat", "dog")
@@ -77,9 +78,8 @@ def test_an_instance_has_the_colour_of_its_truth(tmp_path: Path) -> None:
     assert abs(left[0] - right[0]).max() > 50
 
 
-def test_an_overlay_has_the_size_of_the_image(tmp_path: Path) -> None:
+def test_an_overlay_has_the_size_of_the_image() -> None:
     sample, predicted = scene()
-    save_overlay(tmp_path / "overlay.png", sample.image, predicted, CLASSES)
-    with Image.open(tmp_path / "overlay.png") as picture:
+    with Image.open(io.BytesIO(draw_overlay(sample.image, predicted, CLASSES))) as picture:
         assert picture.size == (90, 60)
         assert picture.convert("RGB").getpixel((2, 55)) == (128, 128, 128)
