@@ -108,7 +108,7 @@ def bars(title: str, names: Sequence[str], groups: Sequence[Bars], form: str = "
 
 def matrix(title: str, names: Sequence[str], shares: np.ndarray, colour: str) -> str:
     """An (N, N) matrix of values in 0..1, a row and a column for each name, the darker the larger."""
-    cell, edge = 20.0, 142.0
+    cell, edge = 20.0, 12 + 6.2 * max(len(_short(name)) for name in names)
     size = edge + len(names) * cell
     width = max(size, WIDTH)
     drawn = ""

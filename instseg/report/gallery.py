@@ -92,15 +92,13 @@ def gallery(shown: Sequence[Shown], samples: Iterable[Sample], num_images: int, 
             _select("kind", "Failure", {"": "all", **of_kinds}),
         ]
     )
-    said = (
-        "all" if len(shown) == num_images else f"{len(shown)} of {num_images}, half of them the worst, half any others"
-    )
+    part = "" if len(shown) == num_images else f", {len(shown)} of them here: half the worst, half any others"
     articles = [_article(*whole, classes) for whole in zip(shown, samples, map(sorted, kinds), labels, strict=True)]
     bar = f'<div class="controls" hidden>{controls}<output></output></div>'
     return Section(
         "images",
         "Images",
-        [note(f"{num_images} images: {said}. {_HOW}"), f'<div class="gallery">{bar}{"".join(articles)}</div>'],
+        [note(f"{num_images} images{part}. {_HOW}"), f'<div class="gallery">{bar}{"".join(articles)}</div>'],
     )
 
 

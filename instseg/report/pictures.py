@@ -111,11 +111,11 @@ def blend(image: np.ndarray, ids: np.ndarray, colours: np.ndarray) -> np.ndarray
         colours: (K+1, 3) float in 0..1; row 0 is not used.
 
     Returns:
-        (H, W, 3) float64 in 0..1.
+        (H, W, 3) float32 in 0..1.
     """
-    grey = np.repeat(image.mean(axis=2, keepdims=True) / 255, 3, axis=2)
+    grey = np.repeat(image.mean(axis=2, keepdims=True, dtype=np.float32) / 255, 3, axis=2)
     region, void = (ids > 0)[..., None], (ids < 0)[..., None]
-    tint = colours[np.maximum(ids, 0)]
+    tint = colours.astype(np.float32)[np.maximum(ids, 0)]
     picture = np.where(region, (1 - OPACITY) * (0.25 + 0.75 * grey) + OPACITY * tint, 0.45 + 0.5 * grey)
     picture = np.where(void, PALE, picture)
     return np.where(_outline(ids)[..., None], 0.55 * tint, picture)
@@ -123,7 +123,7 @@ def blend(image: np.ndarray, ids: np.ndarray, colours: np.ndarray) -> np.ndarray
 
 def overlay(image: np.ndarray, ids: np.ndarray, colours: np.ndarray) -> np.ndarray:
     """As `blend`, but what is in no region stays as it is."""
-    return np.where((ids > 0)[..., None], blend(image, ids, colours), image / 255)
+    return np.where((ids > 0)[..., None], blend(image, ids, colours), image / np.float32(255))
 
 
 def _draw_row(row: Sequence[Axes], sample: Sample, predicted: InstanceMap, classes: Sequence[str]) -> None:

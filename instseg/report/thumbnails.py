@@ -31,7 +31,7 @@ def thumbnails(
         true_colours: (G+1, 3) float in 0..1 of the true ones.
     """
     image, semantic, truth = sample.image, predicted.semantic, sample.instances
-    figures = [_figure(image / 255, _boxes(sample, predicted, classes, colours))]
+    figures = [_figure(image / np.float32(255), _boxes(sample, predicted, classes, colours))]
     if semantic is not None:
         found = {int(label): classes[int(label)] for label in np.unique(semantic[semantic > 0])}
         figures.append(_segments(image, semantic.astype(np.int64), class_colours(len(classes)), found))
@@ -47,8 +47,8 @@ def thumbnails(
 
 
 def _segments(image: np.ndarray, ids: np.ndarray, colours: np.ndarray, names: dict[int, str]) -> str:
-    places = ((widest_place(ids == k), name) for k, name in names.items())
-    marks = [_name(place[1], place[0], name, "middle") for place, name in places if place is not None]
+    places = ((widest_place(ids[::2, ::2] == k), name) for k, name in names.items())  # in a quarter of the time
+    marks = [_name(2 * place[1], 2 * place[0], name, "middle") for place, name in places if place is not None]
     return _figure(blend(image, ids, colours), "".join(marks))
 
 
