@@ -16,7 +16,7 @@ def test_the_photograph_is_segmented(tmp_path: Path, monkeypatch: pytest.MonkeyP
     draw = photograph.save_steps
     monkeypatch.setattr(photograph, "save_steps", lambda *given: (seen.update(given=given), draw(*given)))
     photograph.save_photograph(tmp_path / "photograph.png")
-    _, sample, before, found, classes = seen["given"]
+    _, sample, before, found, _ = seen["given"]
     assert sorted(found.labels.tolist()) == [1, 2, 3, 4]
     assert (before != found.semantic).mean() > 0.02
     gradient = np.abs(np.diff(sample.image.astype(float), axis=1)).sum(2)
