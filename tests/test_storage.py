@@ -79,6 +79,16 @@ def test_a_file_larger_than_a_part_of_an_upload(root: StoragePath, tmp_path: Pat
     assert (root.local is None) != path.exists()
 
 
+def test_a_file_written_bit_by_bit_appears_at_the_end_or_not_at_all(root: StoragePath) -> None:
+    place = root / "list"
+    with place.publishing() as file:
+        file.writelines([b"one ", b"two"])
+        assert place.size() is None
+    with pytest.raises(ZeroDivisionError), place.publishing() as file:
+        file.writelines(bytes(1 // divisor) for divisor in (1, 0))
+    assert (root.files(), place.read_bytes()) == ({"list": 7}, b"one two")
+
+
 def test_a_root_is_checked_without_a_trace(root: StoragePath) -> None:
     root.check_reachable()
     root.check_writable()

@@ -6,9 +6,8 @@ import hashlib
 import io
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from instseg.data.coco_results import SCHEMA, panoptic_pixels, part_row, read_part
-from instseg.data.dataset import PreparedDataset
 from instseg.data.files import digest, read_json, sha256_of, write_json
 from instseg.data.images import decode_photograph
 from instseg.data.manifest import differing, digest_files
-from instseg.data.network_outputs import DetectionRecord
 from instseg.data.quarantine import CorruptItemError, blame
 from instseg.data.schema import decode_prediction
 from instseg.data.shards import ShardPlan, ShardReport, ShardTask, encode_rows, find_shard, publish_shard
-from instseg.data.source import Item
 from instseg.data.stages import Draft, read_items
 from instseg.data.voc import voc_palette
 from instseg.storage import StorageError, StoragePath
@@ -87,30 +83,6 @@ def clear(plan: PredictionPlan) -> None:
                 for entry in entries:
                     if ".tmp-" in entry.name:
                         Path(entry).unlink(missing_ok=True)
-
-
-def list_prepared(dataset: PreparedDataset) -> list[ShardTask]:
-    """A task for each shard of a data directory."""
-    numbers = count(1)
-    return [
-        ShardTask.of(index, [_item(i, next(numbers), shard, row) for row, i in enumerate(shard["image_ids"])], {})
-        for index, shard in enumerate(dataset.manifest["shards"])
-    ]
-
-
-def _item(image_id: str, number: int, shard: dict[str, Any], row: int) -> Item:
-    record = {"file_name": shard["file"], "sha256": shard["sha256"], "row": row}
-    return Item(image_id, "", record | {NUMBER: number, NAME: image_id})
-
-
-def list_files(items: Sequence[Item], shard_size: int, records: Mapping[str, list[DetectionRecord]]) -> list[ShardTask]:
-    """Tasks of so many files, with what another system has detected in them."""
-    numbered = [
-        replace(item, record=item.record | {NUMBER: number, NAME: item.record["file_name"]})
-        for number, item in enumerate(items, 1)
-    ]
-    starts = range(0, len(numbered), shard_size)
-    return [ShardTask.of(k, numbered[i : i + shard_size], records) for k, i in enumerate(starts)]
 
 
 def read_inputs(plan: PredictionPlan, task: ShardTask) -> Draft:

@@ -34,6 +34,8 @@ from instseg.storage import StoragePath
 
 _ROOTS = ("images", "data", "checkpoint", "detections", "logits")  # options that name inputs
 
+_STAGES = ("read", "detect", "segment", "foreground", "predict", "write")
+
 
 @dataclass
 class Predictions:
@@ -76,7 +78,7 @@ class Predictions:
 
 
 def predict(config: PredictConfig) -> Predictions:
-    """Write the masks of photographs, or of a prepared data set, to `config.out`; complete it if it is half-written.
+    """Write the masks of photographs, or of a prepared data set, to `config.out`; complete what is half-written.
 
     `instances/ID.png` has 16 bits a pixel, 0 where there is no instance, else its number among the image's;
     `semantic/ID.png` is indexed with VOC's palette; `overlay/ID.png` is for people. `predictions.json` are COCO results
@@ -156,6 +158,7 @@ def _predict_shards(
             done.add(ShardReport.of_json(result["report"]), result["kept"])
             seconds.update(result["seconds"])
         done.seconds = time.monotonic() - start
+    seconds = {stage: seconds[stage] for stage in _STAGES if stage in seconds}
     print(stage_table(seconds, done.num_images - done.num_kept), flush=True)
     return done
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import count
 from typing import Any
 
 from instseg.config import ModelConfig, PredictConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.data.files import digest, sha256_of
 from instseg.data.folder import ImageFolder, list_folder
-from instseg.data.network_outputs import read_detections
-from instseg.data.predictions import list_files, list_prepared
+from instseg.data.network_outputs import DetectionRecord, read_detections
+from instseg.data.predictions import NAME, NUMBER
 from instseg.data.quarantine import QuarantineRow
 from instseg.data.shards import ShardTask
+from instseg.data.source import Item
 from instseg.data.voc import BACKGROUND_NAME, VOC_CLASSES
 from instseg.jobs.networks import describe_networks
 from instseg.jobs.prepare import unknown_images
@@ -48,7 +51,7 @@ def list_tasks(
 ) -> tuple[list[ShardTask], ImageFolder, list[QuarantineRow]]:
     """The shards, what reads their images, and what belongs to no image that can be used."""
     if dataset is not None:
-        return list_prepared(dataset), ImageFolder(dataset.root, classes), []
+        return _list_prepared(dataset), ImageFolder(dataset.root, classes), []
     assert config.images is not None  # for type checkers: `PredictConfig` requires it here
     listing = list_folder(config.images, classes)
     assert isinstance(listing.source, ImageFolder)  # likewise
@@ -59,8 +62,34 @@ def list_tasks(
             f"{min(listing.known_ids)!r}"
         )
     orphans += listing.quarantined + unknown_images(records, listing.known_ids)
-    tasks = list_files(listing.items, config.shard_size, records)
+    tasks = _list_files(listing.items, config.shard_size, records)
     return tasks, listing.source, orphans
+
+
+def _list_prepared(dataset: PreparedDataset) -> list[ShardTask]:
+    """A task for each shard of a data directory."""
+    numbers = count(1)
+    return [
+        ShardTask.of(index, [_item(i, next(numbers), shard, row) for row, i in enumerate(shard["image_ids"])], {})
+        for index, shard in enumerate(dataset.manifest["shards"])
+    ]
+
+
+def _item(image_id: str, number: int, shard: dict[str, Any], row: int) -> Item:
+    record = {"file_name": shard["file"], "sha256": shard["sha256"], "row": row}
+    return Item(image_id, "", record | {NUMBER: number, NAME: image_id})
+
+
+def _list_files(
+    items: Sequence[Item], shard_size: int, records: Mapping[str, list[DetectionRecord]]
+) -> list[ShardTask]:
+    """Tasks of so many files, with what another system has detected in them."""
+    numbered = [
+        replace(item, record=item.record | {NUMBER: number, NAME: item.record["file_name"]})
+        for number, item in enumerate(items, 1)
+    ]
+    starts = range(0, len(numbered), shard_size)
+    return [ShardTask.of(k, numbered[i : i + shard_size], records) for k, i in enumerate(starts)]
 
 
 def collect_settings(

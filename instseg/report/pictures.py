@@ -69,7 +69,7 @@ def save_steps(
     assert predicted.semantic is not None  # for type checkers
     titles = ("Photograph and boxes", "Coarse semantic map", "After the dense CRF", "Instances")
     height, width = sample.image.shape[:2]
-    cells = (COLUMN_INCHES, COLUMN_INCHES * height / width + 0.25)
+    cells = (COLUMN_INCHES, COLUMN_INCHES * height / width + 0.21)
     figure = Figure(figsize=(cells[0] * len(titles), cells[1]), dpi=96, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)  # pyright: ignore
     row = figure.subplots(1, len(titles))

@@ -93,7 +93,7 @@ def test_mistakes_are_named(command: Command, name: str, tmp_path: Path) -> None
     assert "--num-" in command(name, "--data", "d", "--out", str(tmp_path), "--num-actor", "2")[1]
 
 
-@pytest.mark.parametrize("name", [*RUNS, "inspect"])
+@pytest.mark.parametrize("name", [*RUNS, "inspect", "predict"])
 @pytest.mark.parametrize("under", ["", "sub/folder"])
 def test_out_must_be_a_folder(command: Command, tiny_data: Path, tmp_path: Path, name: str, under: str) -> None:
     (tmp_path / "file").touch()
@@ -109,7 +109,7 @@ def test_a_recipe_sets_the_defaults(command: Command, monkeypatch: pytest.Monkey
     monkeypatch.setattr(import_module(f"instseg.jobs.{name}"), name, taken.append)
     monkeypatch.setattr("sys.argv", [name, "--recipe", "small_stage1", "--data", "d", "--out", "o", "--device", "cpu"])
     getattr(command_line, name)()
-    assert (taken[0].model.semantic, taken[0].num_epochs, taken[0].device) == ("fcn8s", 10, "cpu")
+    assert (taken[0].model.semantic, taken[0].num_epochs, taken[0].device) == ("fcn8s", 6, "cpu")
     assert "did you mean 'small_stage1'" in command(name, "--recipe", "smal_stage1", "--data", "d", "--out", "o")[1]
 
 
