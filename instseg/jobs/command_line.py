@@ -80,8 +80,11 @@ def evaluate() -> None:
 
 
 def predict() -> None:
-    """Segment photographs, or a prepared data set: masks as PNGs and COCO results."""
-    _run("predict", lambda: tyro.cli(PredictConfig, description=predict.__doc__))
+    """Segment photographs, or a prepared data set: masks as PNGs and COCO results.
+
+    Example: workflows/predict.py --images photographs --recipe pretrained --out masks
+    """
+    _run("predict", lambda: tyro.cli(PredictConfig, description=getdoc(predict)))
 
 
 def ablate() -> None:

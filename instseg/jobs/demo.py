@@ -24,6 +24,11 @@ def demo(config: DemoConfig) -> None:
     out = StoragePath.of(config.out).local
     if out is None:
         raise ValueError(f"out: expected a folder of this machine, got {config.out}; the demo runs on one")
+    if find_spec("skimage") is None:
+        print("no photograph: scikit-image, which ships it, is not installed", flush=True)
+    else:
+        save_photograph(out / "photograph.png")
+        print(f"a photograph, segmented from boxes and a map drawn by hand: {out / 'photograph.png'}", flush=True)
     tracking = TrackingConfig(uri=f"sqlite:///{out}/mlflow.db")
     devkit = out / "devkit"
     write_synthetic_devkit(str(devkit), num_train=60, num_val=40, seed=0)
@@ -35,8 +40,3 @@ def demo(config: DemoConfig) -> None:
     run = replace(recipes.demo(str(out / "train"), str(out / "run")), tracking=tracking)
     train(run)
     ablate(AblateConfig(str(out / "val"), str(out / "report"), checkpoint=run.out, tracking=tracking))
-    if find_spec("skimage") is None:
-        print("no photograph: scikit-image, which ships it, is not installed", flush=True)
-        return
-    save_photograph(out / "photograph.png")
-    print(f"a photograph, segmented from boxes and a map drawn by hand: {out / 'photograph.png'}", flush=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -22,6 +21,7 @@ from instseg.data.quarantine import QUARANTINE, QuarantineRow, count_by_kind, wr
 from instseg.data.shards import ShardPlan, ShardReport, ShardTask
 from instseg.data.stages import Draft, foreground
 from instseg.jobs.cluster import cluster
+from instseg.jobs.ending import command, end
 from instseg.jobs.networks import Predict, open_network, stages_of, through_networks
 from instseg.jobs.predict_inputs import check_semantic, classes_of, collect_settings, list_tasks
 from instseg.jobs.prepare import check_quarantine
@@ -185,16 +185,12 @@ def _finish_folder(
     counts = {"num_images": done.num_images, "num_instances": done.num_instances}
     write_json(plan.out / SUMMARY, counts | {"files": {name: sha256_of(plan.out / name) for name in files}})
     print("\n".join(align(done.table())))
-    print(f"\nmasks: {plan.out}/instances/*.png, overlays: {plan.out}/overlay/*.png")
-    print(f"COCO results: {plan.out / RESULTS}, of the images and categories in {plan.out / IMAGES}")
-    print(f"next: {_next_command(config)}", flush=True)
+    results = ("instances", *(("overlay",) if config.overlays else ()), RESULTS, IMAGES)
+    end(plan.out, results, [_next_command(config)])
 
 
 def _next_command(config: PredictConfig) -> str:
-    checkpoint = "" if config.checkpoint is None else f" --checkpoint {shlex.quote(config.checkpoint)}"
+    """Where there is ground truth, how good the masks are; or how there comes to be some."""
     if config.data is not None:
-        command = f"workflows/evaluate.py --data {shlex.quote(config.data)}{checkpoint} --out FOLDER"
-        return f"how good they are, where there is ground truth, says {command}"
-    photographs = shlex.quote(str(config.images))
-    command = f"workflows/prepare.py --coco JSON --images {photographs} --out DATA"
-    return f"with ground truth in COCO's format, {command} begins the way to training and AP^r"
+        return command("evaluate", data=config.data, checkpoint=config.checkpoint, out="FOLDER")
+    return command("prepare", coco="JSON", images=config.images, out="FOLDER")

@@ -95,7 +95,7 @@ def test_every_image_is_scored_once_by_a_network_that_has_not_seen_it(
     assert "fold 1 (2 of 2 to do): training on 4 images, evaluating on the 3 others" in capsys.readouterr().out
     evaluations = crossvalidate(config)
     printed = capsys.readouterr().out
-    assert check_ending(printed)[0] == [Path(config.out) / "ablation.md"]
+    assert check_ending(printed)[0] == [Path(config.out) / name for name in ("report.html", "ablation.md")]
     assert "fold 1 (1 of 1 to do): training on 4 images, evaluating on the 3 others" in printed
     assert "training on 4 images, epochs" not in printed  # its checkpoint was there
     after = files_of_folds(out)

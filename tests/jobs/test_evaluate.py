@@ -208,7 +208,7 @@ def test_ablate_puts_the_rows_side_by_side(config: EvaluateConfig, capsys: pytes
     assert page.count("<article") == 1
     assert "paper: 3 full" in page
     printed = capsys.readouterr().out
-    assert check_ending(printed)[0] == [out / "ablation.md"]
+    assert check_ending(printed)[0] == [out / "report.html", out / "ablation.md"]
     assert "full - row (95 % interval, 2000 resamples of the images)" in printed
     written = json.loads((out / "ablation.json").read_text())
     assert written["full"] == pytest.approx(in_json(rows["full"]))
