@@ -148,7 +148,7 @@ def _detections(shown: Shown, colours: np.ndarray, classes: Sequence[str]) -> st
         rank = "–" if instance is None else f"{instances.scores[instance - 1]:.3f}"
         rows.append([classes[int(record.detection_labels[d])], *scores, "yes" if record.matched[d] else "no", rank])
         marks.append("" if instance is None else to_hex(colours[instance]))
-    return folded(f"{len(marks)} detections", [table(rows, colours=marks)]) if marks else note("no detections")
+    return folded(f"Detections ({len(marks)})", [table(rows, colours=marks)]) if marks else note("no detections")
 
 
 def _select(name: str, title: str, options: dict[str, str]) -> str:

@@ -80,5 +80,6 @@ def _figure(picture: np.ndarray, marks: str) -> str:
     small.thumbnail((_SIDE, _SIDE))
     small.save(buffer, "JPEG", quality=_QUALITY)
     content = base64.b64encode(buffer.getvalue()).decode()
-    size = f'width="{width}" height="{height}"'
-    return f'<svg viewBox="0 0 {width} {height}"><image href="data:image/jpeg;base64,{content}" {size}/>{marks}</svg>'
+    unit = f"--unit: {max(height, width) / _SIDE:.2f}px"  # of the text, so that it is as large on any picture
+    shown = f'<image href="data:image/jpeg;base64,{content}" width="{width}" height="{height}"/>'
+    return f'<svg viewBox="0 0 {width} {height}" style="{unit}">{shown}{marks}</svg>'
