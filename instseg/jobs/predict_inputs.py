@@ -84,12 +84,14 @@ def _list_files(
     items: Sequence[Item], shard_size: int, records: Mapping[str, list[DetectionRecord]]
 ) -> list[ShardTask]:
     """Tasks of so many files, with what another system has detected in them."""
-    numbered = [
-        replace(item, record=item.record | {NUMBER: number, NAME: item.record["file_name"]})
-        for number, item in enumerate(items, 1)
+    return [
+        ShardTask.of(k, [_numbered(*each) for each in enumerate(items[i : i + shard_size], i + 1)], records)
+        for k, i in enumerate(range(0, len(items), shard_size))
     ]
-    starts = range(0, len(numbered), shard_size)
-    return [ShardTask.of(k, numbered[i : i + shard_size], records) for k, i in enumerate(starts)]
+
+
+def _numbered(number: int, item: Item) -> Item:
+    return replace(item, record=item.record | {NUMBER: number, NAME: item.record["file_name"]})
 
 
 def collect_settings(
