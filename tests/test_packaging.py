@@ -68,7 +68,8 @@ def names_of(requirements: list[str]) -> set[str]:
 
 
 def test_the_archives_hold_the_package_and_nothing_else(archives: Path) -> None:
-    sources = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "instseg").rglob("*.py")}
+    files = (path for path in (REPOSITORY / "instseg").rglob("*") if path.suffix in (".py", ".css", ".js"))
+    sources = {path.relative_to(REPOSITORY).as_posix() for path in files}
     (wheel,), (sdist,) = archives.glob("*.whl"), archives.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as archive:
         assert {name for name in archive.namelist() if ".dist-info/" not in name} == sources

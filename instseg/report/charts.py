@@ -18,7 +18,7 @@ WIDTH = 360.0  # of a chart, in CSS pixels on a phone
 COLOURS = tuple(to_hex(PALETTE[index]) for index in (1, 6, 2, 4, 3, 5, 0, 7))  # neighbours are far apart
 _LEFT, _RIGHT, _TOP, _BOTTOM = 38.0, 10.0, 8.0, 34.0  # margins of a plot
 _HEIGHT = 230.0
-_NAMES = 142.0  # width of the column of names beside bars
+_NAMES = 152.0  # width of the column of names beside bars
 _MAX_NAME = 24  # characters of a name; its title has all of it
 
 
