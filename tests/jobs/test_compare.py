@@ -16,7 +16,8 @@ from instseg.jobs.cluster import JobError
 from instseg.jobs.compare import compare
 from instseg.jobs.tracking import Tracker
 from instseg.models.network import InstanceNetwork
-from instseg.report.tables import Evaluation, write_report
+from instseg.report.results import write_results
+from instseg.report.tables import Evaluation
 from tests.jobs.alone import records_alone
 from tests.jobs.ending import check_ending
 
@@ -32,7 +33,7 @@ def ablation(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = EvaluateConfig(str(tiny_data), str(folder / name), model=ModelConfig(), ablation=ablation)
         records = records_alone(InstanceNetwork(ModelConfig(), dataset.num_labels), dataset, ablation)
         provenance = {"config": asdict(config), "data_digest": dataset.digest, "commit": "c"}
-        write_report(Evaluation.of(records, dataset.classes), folder / name, provenance)
+        write_results(Evaluation.of(records, dataset.classes), folder / name, provenance)
     (folder / "ablation.json").write_text("{}")
     return folder
 
