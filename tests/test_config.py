@@ -22,8 +22,9 @@ INTEGERS = [(kind, name) for kind, name, hint in FIELDS if hint in (int, int | N
 
 
 def build(kind: type, **values: Any) -> Any:
-    required = {"devkit", "split", "data", "out"}
-    return kind(**{field.name: "-" for field in fields(kind) if field.name in required} | values)
+    required: dict[str, Any] = dict.fromkeys(("devkit", "split", "data", "out"), "-") | {"results": ("-",)}
+    given = {field.name: required[field.name] for field in fields(kind) if field.name in required}
+    return kind(**given | values)
 
 
 def test_the_fields_are_found():
