@@ -5,7 +5,7 @@ from __future__ import annotations
 from instseg.config import AblateConfig, EvaluateConfig, ModelConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.jobs.ending import command, end
-from instseg.jobs.evaluate import evaluate_ablation, running_evaluators, start_tracker, write_page
+from instseg.jobs.evaluate import NUM_PANELS, evaluate_ablation, running_evaluators, start_tracker, write_page
 from instseg.jobs.roots import check_inputs
 from instseg.jobs.tracking import Tracker, how_to_open
 from instseg.report import sections
@@ -24,20 +24,21 @@ def ablate(config: AblateConfig) -> dict[str, Evaluation]:
     check_inputs(data=config.data, checkpoint=config.checkpoint)
     dataset, out = PreparedDataset(config.data), StoragePath.of(config.out)
     evaluations: dict[str, Evaluation] = {}
-    selections = {"full": Selection(config.num_gallery)}
+    of_full = Selection(config.num_gallery)
     with (
         running_evaluators(config, dataset) as (config, evaluators),
         start_tracker(config, "ablate", out.name, dataset) as parent,
     ):
         for row in rows_of(config.model or ModelConfig()):
             print(row.name, flush=True)
+            selection = of_full if row.name == "full" else Selection(NUM_PANELS)
             of_row = EvaluateConfig(**vars(config), ablation=row.ablation)
             with start_tracker(of_row, "ablate", row.name, dataset, parent) as tracker:
                 evaluations[row.name] = evaluate_ablation(
-                    of_row, row.ablation, dataset, evaluators, out / row.name, tracker, selections.get(row.name)
+                    of_row, row.ablation, dataset, evaluators, out / row.name, tracker, selection
                 )
         parts = write_ablation(evaluations, out, parent)
-        write_page(config, "Ablation", parts, selections["full"], dataset, parent)
+        write_page(config, "Ablation", parts, of_full, dataset, parent)
     end(out, (REPORT, "ablation.md"), [command("compare", str(out))], how_to_open(config.tracking))
     return evaluations
 

@@ -21,14 +21,18 @@ from instseg.jobs.tracking import SPOOL, Tracker, how_to_open
 from instseg.models.checkpoint import INITIAL_WEIGHTS, check_classes, find_checkpoint, from_json
 from instseg.models.network import InstanceNetwork
 from instseg.report import sections
-from instseg.report.gallery import Selection, gallery
+from instseg.report.cells import shrink
+from instseg.report.gallery import Selection, Shown, gallery
 from instseg.report.page import REPORT, Section, save_page
+from instseg.report.pictures import save_panel
 from instseg.report.provenance import commit, provenance
 from instseg.report.results import write_results
 from instseg.report.tables import Evaluation, per_class, summary
 from instseg.storage import StoragePath
 
 Config = TypeVar("Config", bound=AblateConfig)
+NUM_PANELS = 4  # images in a run's panel
+_PANEL = "panel.png"
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -140,7 +144,17 @@ def evaluate_ablation(
     paths = write_results(evaluation, out, provenance(asdict(config), dataset.digest) | measured)
     tracker.log_input("evaluation", config.data, dataset.digest, len(dataset), "evaluation")
     log_evaluation(tracker, evaluation, paths, measured)
+    if selection is not None and (shown := selection.same(NUM_PANELS)):
+        _log_panel(shown, dataset, out / _PANEL, tracker)
     return evaluation
+
+
+def _log_panel(shown: Sequence[Shown], dataset: PreparedDataset, path: StoragePath, tracker: Tracker) -> None:
+    """A picture that MLflow shows beside those of other runs."""
+    samples = [shrink(dataset[dataset.image_ids.index(one.record.image_id)]) for one in shown]
+    save_panel(path, samples, [one.predicted for one in shown], dataset.classes)
+    tracker.log_artifact(path)
+    tracker.log_image(path, "panel", 0, int(time.time() * 1000))
 
 
 def log_evaluation(

@@ -70,6 +70,10 @@ class Selection:
         others = [shown for _, name, shown in sorted(self._any, reverse=True) if name not in names]
         return sorted(worst + others[: self._num - len(worst)], key=lambda one: (one.quality, one.record.image_id))
 
+    def same(self, num: int) -> list[Shown]:
+        """So many, the same of the same images whatever was made of them."""
+        return [shown for *_, shown in sorted(self._any, reverse=True)[:num]]
+
 
 def gallery(shown: Sequence[Shown], samples: Iterable[Sample], num_images: int, classes: Sequence[str]) -> Section:
     """A section of a page.

@@ -155,6 +155,7 @@ def test_evaluate_reports_and_records(evaluated: Evaluated) -> None:
     artifacts = {path.name for path in (out.parent / "mlartifacts").rglob("*") if path.parent.name == "artifacts"}
     assert artifacts == {
         *("results.json", "per_class.csv", "records.arrow", "report.html", "diagnosis.json", "classes.json"),
+        *("panel.png", "images"),
     }
 
 

@@ -41,6 +41,18 @@ def test_no_more_images_than_there_are(offered) -> None:
         assert len(selection.chosen()) == expected
 
 
+def test_some_are_the_same_in_every_run(offered) -> None:
+    shown, _ = offered
+    names = []
+    for num, order in ((4, shown), (100, shown[::-1])):
+        selection = Selection(num)
+        for one in order:
+            selection.offer(one)
+        names.append([one.record.image_id for one in selection.same(4)])
+    assert names[0] == names[1]
+    assert len(set(names[0])) == 4
+
+
 def test_an_image_says_what_failed_and_lists_its_detections(offered) -> None:
     shown, samples = offered
     (one,) = [one for one in shown if HOSTILE in one.record.image_id]
