@@ -53,7 +53,7 @@ def test_jobs_run_to_success_in_both_forms(head: Head, tiny_data: Path, tmp_path
         f"--data={tiny_data}",
         f"--out={tmp_path}/report",
         "--num-actors=1",
-        "--num-figures=0",
+        "--num-gallery=0",
         "--tracking.uri=http://127.0.0.1:9",  # MLflow is not what this is about
     ]
     with head.explained():
@@ -61,7 +61,7 @@ def test_jobs_run_to_success_in_both_forms(head: Head, tiny_data: Path, tmp_path
         commit = {"INSTSEG_COMMIT": "0123abc-dirty"}
         output = submit(head, "workflows/evaluate.py", *options, variables=commit)
     assert "with 1 actors on CPUs; the cluster has 2 CPUs and 0 GPUs on 1 node" in output
-    assert f"results: {tmp_path}/report/report.txt" in output
+    assert f"results: {tmp_path}/report/report.html" in output
     assert json.loads((tmp_path / "report" / "results.json").read_text())["commit"] == "0123abc-dirty"
 
 
