@@ -16,7 +16,7 @@ import numpy as np
 from pycocotools.cocoeval import COCOeval
 
 from instseg.evaluation.ap_r import ImageRecord
-from instseg.evaluation.panoptic import class_mean
+from instseg.evaluation.semantic import class_mean
 from instseg.shapes import Float
 
 SIZES = ("small", "medium", "large")  # below 32 x 32 pixels, below 96 x 96, above

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from instseg.evaluation.ap_r import ImageRecord
+from instseg.evaluation.semantic import class_mean
 from instseg.shapes import Float, Int
 
 MATCHED = 0.5  # a match has a higher IoU
@@ -90,8 +91,3 @@ def _matches(record: ImageRecord) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     hits = (record.labels[:, None] == record.truth_labels) & (record.iou > MATCHED)
     void_share = record.void_pixels / (record.pixels + record.void_pixels)
     return hits, ~hits.any(1) & (void_share <= MAX_VOID), ~hits.any(0)
-
-
-def class_mean(values: np.ndarray) -> float:
-    """Mean of what is not NaN; NaN if all is."""
-    return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")

@@ -89,5 +89,9 @@ def label_iou(confusion: Integer[np.ndarray, "L L"]) -> Float[np.ndarray, " L"]:
 
 def mean_iou(confusion: Integer[np.ndarray, "L L"]) -> float:
     """Mean of `label_iou` over the labels that occur, background included."""
-    iou = label_iou(confusion)
-    return float(iou[~np.isnan(iou)].mean()) if not np.isnan(iou).all() else float("nan")
+    return class_mean(label_iou(confusion))
+
+
+def class_mean(values: np.ndarray) -> float:
+    """Mean of what is not NaN; NaN if all is."""
+    return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")

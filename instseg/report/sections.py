@@ -10,7 +10,7 @@ import numpy as np
 from instseg.evaluation.ap_r import THRESHOLDS, ImageRecord, rank_classes
 from instseg.evaluation.calibration import Calibration
 from instseg.evaluation.errors import image_errors
-from instseg.evaluation.semantic import label_iou
+from instseg.evaluation.semantic import label_iou, mean_iou
 from instseg.evaluation.significance import Comparison
 from instseg.report.ablation import PAPER, TITLES, ablation_table, difference_table
 from instseg.report.charts import COLOURS, Axis, Bars, Series, bars, columns, lines, matrix
@@ -37,7 +37,7 @@ _NUM_PAIRS = 10  # of classes taken for each other
 
 def scores(evaluation: Evaluation) -> Section:
     """The tables that the terminal shows."""
-    before, after = (100 * float(np.nanmean(iou)) for iou in _semantic_iou(evaluation))
+    before, after = (100 * mean_iou(c) for c in (evaluation.confusion_before, evaluation.confusion_after))
     tables = [table(lines) for lines in (ap_r_table(evaluation), panoptic_table(evaluation), coco_table(evaluation))]
     sentence = f"Mean IoU of the semantic segmentation: {before:.1f} % of the network, {after:.1f} % after the CRF."
     return Section("scores", "Scores", [*tables, text(sentence), *map(note, absent_classes(evaluation))])
