@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import time
 from collections.abc import Callable
@@ -14,14 +13,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from instseg.data.coco_results import SCHEMA, panoptic_pixels, part_row, read_part
 from instseg.data.files import digest, read_json, sha256_of, write_json
 from instseg.data.images import decode_photograph
 from instseg.data.manifest import differing, digest_files
 from instseg.data.quarantine import CorruptItemError, blame
-from instseg.data.schema import decode_prediction
+from instseg.data.schema import decode_prediction, encode_png
 from instseg.data.shards import ShardPlan, ShardReport, ShardTask, encode_rows, find_shard, publish_shard
 from instseg.data.stages import Draft, read_items
 from instseg.data.voc import voc_palette
@@ -171,9 +169,12 @@ def _write_image(plan: PredictionPlan, row: dict[str, Any], record: dict[str, An
     found = decode_prediction(row)
     assert found.semantic is not None  # for type checkers
     name = f"{row['image_id']}.png"
-    pictures = {"instances": _png(found.instances.astype(np.uint16)), "semantic": _png(found.semantic, voc_palette())}
+    pictures = {
+        "instances": encode_png(found.instances.astype(np.uint16)),
+        "semantic": encode_png(found.semantic, voc_palette()),
+    }
     if plan.panoptic:
-        pictures["panoptic"] = _png(panoptic_pixels(found))
+        pictures["panoptic"] = encode_png(panoptic_pixels(found))
     if plan.overlays:
         pictures["overlay"] = draw(decode_photograph(row["image"]).pixels, found)
     files = []
@@ -181,11 +182,3 @@ def _write_image(plan: PredictionPlan, row: dict[str, Any], record: dict[str, An
         (plan.out / folder / name).publish(content)
         files.append({"name": f"{folder}/{name}", "sha256": hashlib.sha256(content).hexdigest()})
     return part_row(row, record[NUMBER], record[NAME], found, plan.panoptic) | {"files": files}
-
-
-def _png(array: np.ndarray, palette: list[int] | None = None) -> bytes:
-    image, buffer = Image.fromarray(array), io.BytesIO()
-    if palette is not None:
-        image.putpalette(palette)
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

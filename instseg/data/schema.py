@@ -59,7 +59,7 @@ def encode_row(sample: Sample, image_file: bytes, foreground_sources: list[str] 
         "height": height,
         "width": width,
         "image": image_file,
-        "semantic": None if sample.semantic is None else _encode_png(sample.semantic),
+        "semantic": None if sample.semantic is None else encode_png(sample.semantic),
         "instances": None if sample.instances is None else encode_instances(sample.instances),
         "instance_labels": sample.instance_labels.tolist(),
         "detections": encode_detections(sample.detections, foreground_sources),
@@ -92,7 +92,7 @@ def encode_prediction(found: InstanceMap, detections: list[dict[str, Any]]) -> d
     nothing = {"foreground": None, "foreground_source": None}
     kept = zip(found.detection_indices, found.scores, strict=True)
     return {
-        "semantic": _encode_png(found.semantic),
+        "semantic": encode_png(found.semantic),
         "instances": encode_instances(found.instances),
         "instance_labels": found.labels.tolist(),
         "detections": [detections[index] | nothing | {"score": float(score)} for index, score in kept],
@@ -120,7 +120,7 @@ def encode_instances(instances: np.ndarray) -> bytes:
     if low < VOID or high >= np.iinfo(np.uint16).max:
         raise ValueError(f"instances: expected ids in -1..65534, got {low}..{high}")
     dtype = np.uint8 if high < np.iinfo(np.uint8).max else np.uint16
-    return _encode_png(np.where(instances == VOID, np.iinfo(dtype).max, instances).astype(dtype))
+    return encode_png(np.where(instances == VOID, np.iinfo(dtype).max, instances).astype(dtype))
 
 
 def decode_instances(content: bytes) -> np.ndarray:
@@ -130,9 +130,12 @@ def decode_instances(content: bytes) -> np.ndarray:
     return np.where(stored == void, VOID, stored.astype(np.int32)).astype(np.int32)
 
 
-def _encode_png(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "PNG")
+def encode_png(array: np.ndarray, palette: list[int] | None = None) -> bytes:
+    """PNG of an (H, W) uint8 or uint16 or (H, W, 3) uint8 array; with a palette, of indices into it."""
+    image, buffer = Image.fromarray(array), io.BytesIO()
+    if palette is not None:
+        image.putpalette(palette)
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
