@@ -29,6 +29,7 @@ from instseg.report.provenance import commit, provenance
 from instseg.report.results import write_results
 from instseg.report.tables import Evaluation, per_class, summary
 from instseg.storage import StoragePath
+from instseg.structures import Sample
 
 Config = TypeVar("Config", bound=AblateConfig)
 NUM_PANELS = 4  # images in a run's panel
@@ -125,7 +126,7 @@ def evaluate_ablation(
     evaluators: Evaluators,
     out: StoragePath,
     tracker: Tracker,
-    selection: Selection | None = None,
+    selection: Selection,
 ) -> Evaluation:
     """Score what `ablation` leaves of the network that the actors hold; write and log the results.
 
@@ -144,17 +145,22 @@ def evaluate_ablation(
     paths = write_results(evaluation, out, provenance(asdict(config), dataset.digest) | measured)
     tracker.log_input("evaluation", config.data, dataset.digest, len(dataset), "evaluation")
     log_evaluation(tracker, evaluation, paths, measured)
-    if selection is not None and (shown := selection.same(NUM_PANELS)):
+    if shown := selection.same(NUM_PANELS):
         _log_panel(shown, dataset, out / _PANEL, tracker)
     return evaluation
 
 
 def _log_panel(shown: Sequence[Shown], dataset: PreparedDataset, path: StoragePath, tracker: Tracker) -> None:
     """A picture that MLflow shows beside those of other runs."""
-    samples = [shrink(dataset[dataset.image_ids.index(one.record.image_id)]) for one in shown]
+    samples = list(map(shrink, _samples_of(shown, dataset)))
     save_panel(path, samples, [one.predicted for one in shown], dataset.classes)
     tracker.log_artifact(path)
     tracker.log_image(path, "panel", 0, int(time.time() * 1000))
+
+
+def _samples_of(shown: Sequence[Shown], dataset: PreparedDataset) -> Iterator[Sample]:
+    indices = {image_id: index for index, image_id in enumerate(dataset.image_ids)}
+    return read_ahead(dataset.__getitem__, [indices[one.record.image_id] for one in shown])
 
 
 def log_evaluation(
@@ -178,10 +184,8 @@ def write_page(
 ) -> None:
     """Write the report with the gallery at its end, and log it."""
     began, shown = time.perf_counter(), selection.chosen()
-    indices = {image_id: index for index, image_id in enumerate(dataset.image_ids)}
-    samples = read_ahead(dataset.__getitem__, [indices[one.record.image_id] for one in shown])
     if shown:
-        parts = [*parts, gallery(shown, samples, len(dataset), dataset.classes)]
+        parts = [*parts, gallery(shown, _samples_of(shown, dataset), len(dataset), dataset.classes)]
     path = StoragePath.of(config.out) / REPORT
     save_page(path, f"{title}: {path.parent.name}", parts, facts(config, dataset))
     tracker.log_artifact(path)
