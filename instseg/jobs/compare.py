@@ -14,7 +14,6 @@ from instseg.jobs.roots import check_out
 from instseg.report.comparison import (
     Result,
     Table,
-    changes,
     comparison_record,
     largest,
     legend,
@@ -53,9 +52,10 @@ def compare(config: CompareConfig) -> dict[str, Comparison]:
     print("\n".join(verdicts), flush=True)
     tables = _tables(results, comparisons)
     print("\n\n".join(["", *("\n".join(align(shorter(table))) for table in tables.values())]), flush=True)
-    write_json(out / "comparison.json", comparison_record(results, comparisons))
+    record = comparison_record(results, comparisons)
+    write_json(out / "comparison.json", record)
     sections = [Section(title, table) for title, table in tables.items()]
-    sections += _pictures(config, results, out)
+    sections += _pictures(config, results, record["changes"], out)
     save_comparison_page(out / "comparison.html", verdicts, sections)
     end(out, ("comparison.html", "comparison.json"), [_next(results)])
     return {other.name: found for other, found in zip(others, comparisons, strict=True)}
@@ -100,14 +100,19 @@ def _tables(results: Sequence[Result], comparisons: Sequence[Comparison]) -> Map
     return tables
 
 
-def _pictures(config: CompareConfig, results: Sequence[Result], out: StoragePath) -> list[Section]:
-    """Draw, for each pair, the images that changed most; what cannot be drawn is said."""
+def _pictures(
+    config: CompareConfig,
+    results: Sequence[Result],
+    changes: Mapping[str, Mapping[str, tuple[float, float]]],
+    out: StoragePath,
+) -> list[Section]:
+    """Draw, for each pair, the images that changed most, of all `changes` by name; what cannot be drawn is said."""
     from instseg.jobs.redraw import redraw  # imports torch and Ray, for which the verdicts do not wait
 
     first, *others = results
     sections = []
     for letter, other in zip(letters(results)[1:], others, strict=True):
-        found = changes(first, other)
+        found = changes[other.name]
         images = largest(found, config.num_figures)
         pairs = redraw(first, other, {image: found[image] for image in images})
         if pairs:

@@ -14,9 +14,10 @@ from instseg.config import TrackingConfig
 from instseg.evaluation.records import RECORDS, read_records
 from instseg.jobs.mlflow_runs import fetched, find_runs
 from instseg.report.comparison import Result
+from instseg.report.results import RESULTS
 from instseg.storage import StoragePath
 
-RESULTS, ABLATION = "results.json", "ablation.json"
+ABLATION = "ablation.json"
 _ID = re.compile(r"@[0-9a-f]{8}$")  # the beginning of a run's, after its name
 _PARTS = ("metrics", "config", "per_class")
 

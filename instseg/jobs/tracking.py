@@ -17,6 +17,7 @@ from typing import Any
 
 from instseg.config import TrackingConfig
 from instseg.jobs.mlflow_server import Server, resolve_uri
+from instseg.report.provenance import flatten
 from instseg.storage import Place, StoragePath
 
 SPOOL = "mlflow_spool.jsonl"
@@ -63,7 +64,7 @@ class Tracker:
             tracker._event(
                 "start",
                 name=run_name,
-                params=_flatten(params),
+                params=flatten(params),
                 tags=dict(tags),
                 parent=parent._key if parent else None,
             ),
@@ -178,13 +179,3 @@ def _events(text: str, spool: StoragePath) -> list[dict[str, Any]]:
         except json.JSONDecodeError:  # an earlier version appended to the file, and could be killed doing so
             log.warning("%s: a torn line was left out: %.80s", spool, line)
     return events
-
-
-def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for name, value in params.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = str(value)
-    return flat

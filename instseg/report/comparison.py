@@ -11,9 +11,9 @@ import numpy as np
 from instseg.evaluation.ap_r import ImageRecord, ap_r
 from instseg.evaluation.significance import Comparison, Difference
 from instseg.report.ablation import PAPER_COLUMNS, PAPER_ROWS, difference_record, format_interval
-from instseg.report.tables import RULES, format_cell
+from instseg.report.provenance import flatten
+from instseg.report.tables import RULES, Table, format_cell
 
-Table = list[list[str]]
 _UNSEEN = ("out", "tracking", "num_actors", "num_figures", "diagnose")  # settings that change no number
 
 
@@ -41,7 +41,7 @@ class Result:
     def settings(self) -> dict[str, str]:
         """Flattened with dots: the configuration, and the code, data and versions behind the numbers."""
         origin = {name: self.content.get(name) for name in ("commit", "data_digest", "versions")}
-        return _flatten({**self.content["config"], **origin})
+        return flatten({**self.content["config"], **origin})
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -164,13 +164,3 @@ def _number(metric: str, value: float, sign: str = "") -> str:
 
 def _seen(name: str) -> bool:
     return not any(name == part or name.startswith(f"{part}.") for part in _UNSEEN)
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = str(value)
-    return flat

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from instseg.report.page import table
 from instseg.storage import Place, StoragePath
 
 _QUALITY = 85  # JPEG
@@ -25,6 +26,7 @@ table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabu
 th { border-bottom: 1px solid #888; }
 td, th { padding: .1rem .7rem; text-align: right; vertical-align: top; max-width: 24rem; overflow-wrap: anywhere; }
 td:first-child, th:first-child { text-align: left; }
+tbody th { font-weight: 400; border: 0; }
 tr:hover td { background: #f3f3f3; }
 """
 
@@ -59,19 +61,10 @@ def save_comparison_page(place: Place, verdicts: Sequence[str], sections: Sequen
 def _section(section: Section) -> str:
     parts = [f"<section>\n<h2>{escape(section.title)}</h2>"]
     if section.table:
-        parts.append(_table(section.table))
+        parts.append(table(section.table))
     if section.picture is not None:
         parts.append(_picture(section.picture, section.title))
     return "\n".join([*parts, "</section>"])
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = rows
-    heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in body)
-    return "\n".join(
-        ['<div class="scroll"><table>', f"<tr>{heads}</tr>", *(f"<tr>{line}</tr>" for line in lines), "</table></div>"]
-    )
 
 
 def _picture(place: StoragePath, text: str) -> str:

@@ -11,6 +11,8 @@ from instseg.evaluation.records import RECORDS, write_records
 from instseg.report.tables import Evaluation, class_table, per_class, write_json
 from instseg.storage import Place, StoragePath
 
+RESULTS = "results.json"
+
 
 def write_results(evaluation: Evaluation, out: Place, provenance: dict[str, Any]) -> list[StoragePath]:
     """Write results.json, per_class.csv and records.arrow into `out`; their paths."""
@@ -24,12 +26,12 @@ def write_results(evaluation: Evaluation, out: Place, provenance: dict[str, Any]
         "reliability": {name: _reliability(found) for name, found in evaluation.calibration.items()},
         **provenance,
     }
-    write_json(root / "results.json", results)
+    write_json(root / RESULTS, results)
     lines = io.StringIO(newline="")
     csv.writer(lines).writerows(class_table(rows, list(rows[-1])))
     (root / "per_class.csv").publish(lines.getvalue().encode())
     write_records(root / RECORDS, evaluation.records)
-    return [root / name for name in ("results.json", "per_class.csv", RECORDS)]
+    return [root / name for name in (RESULTS, "per_class.csv", RECORDS)]
 
 
 def _reliability(found: Calibration) -> list[dict[str, float]]:
