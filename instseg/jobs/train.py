@@ -131,7 +131,7 @@ def _with_device(config: TrainConfig) -> TrainConfig:
     """Decide what "auto" means in this cluster, and say so where that leaves a GPU without work.
 
     Raises:
-        ValueError: If the cluster has less than the workers need, or is to compute on CPUs in less than float32.
+        ValueError: If the cluster has less than the workers need.
     """
     nodes = cluster_nodes()
     num_workers, _ = config.worker_range
@@ -145,8 +145,6 @@ def _with_device(config: TrainConfig) -> TrainConfig:
             file=sys.stderr,
             flush=True,
         )
-    if device == "cpu" and config.precision != "float32":
-        raise ValueError(f"precision: expected float32, as training is on CPUs, got {config.precision}")
     return replace(config, device=device)
 
 

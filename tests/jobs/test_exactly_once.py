@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -43,6 +45,7 @@ class Site:
     folder: Path
     num_cpus: int = 1
     environment: dict[str, str] = field(default_factory=dict)
+    raylets: tuple[int, ...] = ()  # of that cluster; another one is the driver's child
 
     def start(self, out: StoragePath) -> subprocess.Popen[str]:
         options = [str(self.root / "devkit"), str(out), str(self.num_cpus)]
@@ -75,21 +78,21 @@ def site(disk: Site, request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
     for name in ("head", "node"):
         (folder / name).mkdir()
     with two_nodes(folder, num_gpus=1) as cluster:
-        yield Site(root, folder, 0, LOOPBACK | {"RAY_ADDRESS": str(cluster.address)})
+        raylets = tuple(node.all_processes["raylet"][0].process.pid for node in cluster.list_all_nodes())
+        yield Site(root, folder, 0, LOOPBACK | {"RAY_ADDRESS": str(cluster.address)}, raylets)
 
 
-def victims(driver: subprocess.Popen[str]) -> dict[str, list[Any]]:
-    """Whom to kill: the driver, a worker at a task, an actor; those that there are. The test's cluster is its child."""
+def victims(driver: subprocess.Popen[str], raylets: Sequence[int] = ()) -> dict[str, list[Any]]:
+    """Whom to kill: the driver, a worker at a task, an actor; those that there are, and of no other cluster."""
     found: dict[str, list[Any]] = {"driver": [psutil.Process(driver.pid)]}
-    for process in psutil.Process().children(recursive=True):
-        try:
-            title = " ".join(process.cmdline())
-        except psutil.Error:
-            continue
-        if title.startswith("ray::MapWorker"):
-            found.setdefault("actor", []).append(process)
-        elif title.startswith("ray::") and not title.startswith("ray::IDLE"):
-            found.setdefault("worker", []).append(process)
+    for pid in (driver.pid, *raylets):
+        for process in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.Error):  # it has ended
+                title = " ".join(process.cmdline())
+                if title.startswith("ray::MapWorker"):
+                    found.setdefault("actor", []).append(process)
+                elif re.match("ray::(?!IDLE|DashboardAgent|RuntimeEnvAgent)", title):  # a raylet ends with its agents
+                    found.setdefault("worker", []).append(process)
     return found
 
 
@@ -128,7 +131,7 @@ def test_whoever_is_killed_every_image_is_there_once(disk: Site, site: Site) -> 
         redone, finished = redone + 1, {}
         while True:
             process = site.start(out)
-            killed += kill_at_random(process, out, rng, NUM_KILLS - len(killed))
+            killed += kill_at_random(process, site, out, rng, NUM_KILLS - len(killed))
             if process.wait() == 0:
                 break
             assert process.returncode == -signal.SIGKILL, (site.folder / "out.log").read_text()  # not over a worker
@@ -142,13 +145,15 @@ def test_whoever_is_killed_every_image_is_there_once(disk: Site, site: Site) -> 
     assert len(set(dataset.image_ids)) == len(dataset) == NUM_IMAGES
 
 
-def kill_at_random(process: subprocess.Popen[str], out: StoragePath, rng: random.Random, at_most: int) -> list[str]:
+def kill_at_random(
+    process: subprocess.Popen[str], site: Site, out: StoragePath, rng: random.Random, at_most: int
+) -> list[str]:
     """Kill somebody after each of a few steps forward, until the driver is dead or done; who was killed."""
     killed = []
     while len(killed) < at_most and wait_for_progress(process, out, len(shards(out)) + rng.randrange(3)):
         time.sleep(rng.uniform(0, 0.3))  # somewhere in the work on a shard
         try:
-            kind, processes = rng.choice(sorted(victims(process).items(), key=lambda each: each[0]))
+            kind, processes = rng.choice(sorted(victims(process, site.raylets).items(), key=lambda each: each[0]))
             rng.choice(processes).kill()
         except psutil.Error:
             continue  # it had ended

@@ -341,14 +341,6 @@ def test_a_gpu_is_never_left_idle_silently(
     assert ("warning: training on CPUs" in capsys.readouterr().err) == warns
 
 
-def test_cpus_compute_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "cluster_nodes", lambda: [Node(8, 1)])
-    config = TrainConfig("d", "o", num_workers=1, precision="bfloat16")
-    assert driver._with_device(config).device == "gpu"
-    with pytest.raises(ValueError, match="precision: expected float32, as training is on CPUs, got bfloat16"):
-        driver._with_device(replace(config, device="cpu"))
-
-
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_worker_that_cannot_write_says_so(tiny_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
