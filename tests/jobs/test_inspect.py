@@ -29,7 +29,7 @@ def test_a_look_counts_all_images_and_shows_some(
     with Image.open(tmp_path / "new/out/contact_sheet.png") as picture:
         assert picture.format == "PNG"
     page = (tmp_path / "new/out/contact_sheet.html").read_text()
-    shown = [index for index in range(7) if f"<h2>image_{index}</h2>" in page]
+    shown = [index for index in range(7) if f"<h3>image_{index}</h3>" in page]
     assert shown == choose([f"image_{index}" for index in range(7)], 4, seed=0)
     assert found.digest in page
 

@@ -119,7 +119,7 @@ def test_the_end_shows_what_was_prepared_or_how_to_see_it(
     sheet = tmp_path / "sheet" / "contact_sheet.png"
     assert check_ending(capsys.readouterr().out)[0][0] == sheet
     page = sheet.with_suffix(".html").read_text()
-    assert [f"<h2>scene_{index:05d}</h2>" in page for index in range(NUM_IMAGES)] == [True] * NUM_IMAGES
+    assert [f"<h3>scene_{index:05d}</h3>" in page for index in range(NUM_IMAGES)] == [True] * NUM_IMAGES
 
 
 def test_other_settings_need_another_directory(devkit: Path, prepared: Path, tmp_path: Path) -> None:
