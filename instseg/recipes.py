@@ -111,8 +111,8 @@ def crf_only(data: str, out: str) -> TrainConfig:
 def small_stage1(data: str, out: str) -> TrainConfig:
     """`--recipe small_stage1 --data runs/voc/train --out runs/small1 --model.semantic-weights vgg16.safetensors`.
 
-    Half an hour on two cores with AVX512-BF16. FCN-8s with 512 channels in fc6 and fc7, for a few hundred images and no GPU:
-    images are seen at half to all of their size, and the first three of VGG-16's stages stay as they are.
+    Half an hour on two cores with AVX512-BF16. FCN-8s with 512 channels in fc6 and fc7, for a few hundred images and no
+    GPU: images are seen at half to all of their size, and the first three of VGG-16's stages stay as they are.
     """
     return TrainConfig(
         data=data,

@@ -24,8 +24,8 @@ from instseg.report.comparison import (
     shorter,
     verdict,
 )
-from instseg.report.comparison_page import Section, save_comparison_page
 from instseg.report.comparison_panel import save_comparison_panel
+from instseg.report.page import Section, claim, picture, save_page, table
 from instseg.report.tables import align, write_json
 from instseg.storage import StoragePath
 
@@ -54,9 +54,11 @@ def compare(config: CompareConfig) -> dict[str, Comparison]:
     print("\n\n".join(["", *("\n".join(align(shorter(table))) for table in tables.values())]), flush=True)
     record = comparison_record(results, comparisons)
     write_json(out / "comparison.json", record)
-    sections = [Section(title, table) for title, table in tables.items()]
+    sections = [Section("answer", "Is it better?", list(map(claim, verdicts)))]
+    sections += [Section(f"part-{k}", title, [table(rows)]) for k, (title, rows) in enumerate(tables.items())]
     sections += _pictures(config, results, record["changes"], out)
-    save_comparison_page(out / "comparison.html", verdicts, sections)
+    facts = {"images": str(len(first.records)), "data": str(first.content.get("data_digest"))[:12]}
+    save_page(out / "comparison.html", "Comparison", sections, facts | {"resamples": str(config.num_resamples)})
     end(out, ("comparison.html", "comparison.json"), [_next(results)])
     return {other.name: found for other, found in zip(others, comparisons, strict=True)}
 
@@ -118,5 +120,5 @@ def _pictures(
         if pairs:
             place, title = out / f"images_{letter}.png", f"The largest changes from {first.name} to {other.name}"
             save_comparison_panel(place, pairs, (first.name, other.name), first.classes)
-            sections.append(Section(title, picture=place))
+            sections.append(Section(f"changes-{letter}", title, [picture(place.read_bytes(), title)]))
     return sections

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Callable, Sequence
 from html import escape
@@ -12,10 +11,10 @@ from matplotlib.figure import Figure
 
 from instseg.report.cells import Cell
 from instseg.report.contact_sheet import draw_detections, draw_truth
-from instseg.report.page import Section, save_page, table
+from instseg.report.page import Section, picture, save_page, table
 from instseg.storage import Place
 
-_INCHES, _DPI, _QUALITY = 3.0, 200, 85  # width of a picture; JPEG
+_INCHES, _DPI = 3.0, 200  # width of a picture
 
 
 def save_contact_page(
@@ -65,10 +64,6 @@ def _article(cell: Cell, classes: Sequence[str]) -> str:
 def _figure(cell: Cell, classes: Sequence[str], draw: Callable[[Axes, Cell, Sequence[str]], None], caption: str) -> str:
     figure, buffer = Figure(figsize=(_INCHES, _INCHES * cell.ratio), dpi=_DPI), io.BytesIO()
     draw(figure.add_axes((0.0, 0.0, 1.0, 1.0)), cell, classes)
-    figure.savefig(buffer, format="jpg", pil_kwargs={"quality": _QUALITY})
-    content = base64.b64encode(buffer.getvalue()).decode()
-    text = escape(f"{caption} of {cell.sample.image_id}")
-    return (
-        f'<figure><img src="data:image/jpeg;base64,{content}" alt="{text}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+    figure.savefig(buffer, format="png")
+    shown = picture(buffer.getvalue(), f"{caption} of {cell.sample.image_id}")
+    return f"<figure>{shown}<figcaption>{escape(caption)}</figcaption></figure>"

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
+
 from instseg.storage import Place, StoragePath
 
 REPORT = "report.html"
+_QUALITY = 85  # JPEG
 _STYLE, _SCRIPT = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
 # Nothing is loaded, and no script runs but ours, even if something should be escaped wrongly.
 _SCRIPT_HASH = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
@@ -74,6 +78,11 @@ def text(content: str) -> str:
     return f"<p>{escape(content)}</p>"
 
 
+def claim(content: str) -> str:
+    """A paragraph of plain text in large type: what the reader came for."""
+    return f'<p class="claim">{escape(content)}</p>'
+
+
 def note(content: str) -> str:
     """A paragraph in small type: how something was made, what to beware of."""
     return f'<p class="note">{escape(content)}</p>'
@@ -96,6 +105,19 @@ def table(rows: Sequence[Sequence[str]], caption: str = "", colours: Sequence[st
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in others)
         lines.append(f'<tr><th scope="row"{mark}>{escape(first)}</th>{cells}</tr>')
     return f'<div class="scroll"><table>{"".join(lines)}</tbody></table></div>'
+
+
+def picture(content: bytes, alt: str) -> str:
+    """An image file, as a JPEG, for it is smaller.
+
+    Args:
+        content: A PNG or JPEG file.
+        alt: What it shows, in plain text.
+    """
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
+        image.convert("RGB").save(buffer, "JPEG", quality=_QUALITY)
+    return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="{escape(alt)}">'
 
 
 def grid(blocks: Sequence[str]) -> str:

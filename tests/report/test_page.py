@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import io
 import re
 
+import pytest
+from PIL import Image
+
+from instseg.report.page import claim, picture
 from tests.report.reports import HOSTILE, report
 
 
@@ -26,3 +31,13 @@ def test_a_report_is_whole_in_one_file_and_shows_names_as_they_are() -> None:
 
 def anchors(text: str) -> set[str]:
     return set(re.findall(r'<section id="([^"]+)"', text))
+
+
+def test_a_picture_is_in_the_page_and_what_is_said_is_text() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGBA", (3, 2)).save(buffer, "PNG")
+    assert picture(buffer.getvalue(), 'a "b"').startswith('<img src="data:image/jpeg;base64,/9j/')
+    assert 'alt="a &quot;b&quot;"' in picture(buffer.getvalue(), 'a "b"')
+    assert claim(HOSTILE).count("<") == 2
+    with pytest.raises(OSError, match="cannot identify"):
+        picture(b"no image", "")
