@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Where a step of training goes, and what a second worker brings at the same number of images a step.
 
-The network of `small_end_to_end` (FCN-8s, both CRFs), random weights, views of prepared photographs, one thread. Each
-part is timed by itself, in turn for each image; the CRFs' gradient stops at the logits, where the network's begins. On
-a GPU the network is the paper's, and the time is that of its queue.
+FCN-8s as published on whole photographs, and on a CPU the network of `small_end_to_end` on its views in both
+precisions; both CRFs, random weights, one thread. Each part is timed by itself, in turn for each image; the CRFs'
+gradient stops at the logits, where the network's begins. On a GPU the time is that of its queue.
 """
 
 from __future__ import annotations
@@ -48,20 +48,21 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="prepared photographs with ground truth and detections")
     data = parser.parse_args().data
     torch.set_num_threads(1)
-    result = {"parts": parts(data)}
+    result: dict[str, Any] = {"parts": {name: parts(config) for name, config in configurations(data).items()}}
     if not torch.cuda.is_available():
-        result["scaling"] = scaling(data)
+        result["scaling"] = scaling(small_end_to_end(data, ""))
     name = "train_step" if not torch.cuda.is_available() else f"train_step_{torch.cuda.get_device_name().split()[1]}"
     print(result, write_result(name, result))
 
 
-def configuration(data: str) -> TrainConfig:
-    """Of the run: the small one, or on a GPU FCN-8s as published on whole photographs."""
-    config = small_end_to_end(data, "")
-    if not torch.cuda.is_available():
-        return config
-    model = ModelConfig(semantic="fcn8s")
-    return replace(config, model=model, frozen_stages=0, augment=replace(config.augment, scale=(1.0, 1.0), crop=0))
+def configurations(data: str) -> dict[str, TrainConfig]:
+    """By name."""
+    small = small_end_to_end(data, "")
+    views = replace(small.augment, scale=(1.0, 1.0), crop=0)
+    published = replace(small, model=ModelConfig(semantic="fcn8s"), frozen_stages=0, augment=views, precision="float32")
+    if torch.cuda.is_available():
+        return {"published": published, "published, bfloat16": replace(published, precision="bfloat16")}
+    return {"published": published, "small, float32": replace(small, precision="float32"), "small": small}
 
 
 def build(config: TrainConfig, num_labels: int) -> tuple[InstanceNetwork, torch.optim.Optimizer]:
@@ -72,10 +73,11 @@ def build(config: TrainConfig, num_labels: int) -> tuple[InstanceNetwork, torch.
     return network, build_optimizer(network, config)
 
 
-def parts(data: str) -> dict[str, dict[str, float]]:
+def parts(config: TrainConfig) -> dict[str, dict[str, float]]:
     """Median, least and greatest milliseconds of each part over the images, and its share of the medians' sum."""
-    dataset, config = PreparedDataset(data), configuration(data)
+    dataset = PreparedDataset(config.data)
     network, optimizer = build(config, dataset.num_labels)
+    objective = Objective(network, config)
     times: dict[str, list[float]] = {}
 
     def timed(name: str, work: Callable[[], Value]) -> Value:
@@ -90,8 +92,8 @@ def parts(data: str) -> dict[str, dict[str, float]]:
         if index == 1:  # the first one warms up
             times.clear()
         sample = timed("data", lambda i=index: augment(dataset[i], config.augment, i))
-        logits = timed("network forward", lambda s=sample: network.semantic_logits(s))
-        _time_crfs(network, config, sample, logits, timed)
+        logits = timed("network forward", lambda s=sample: objective._logits(s))
+        _time_crfs(objective, sample, logits, timed)
         timed("optimizer", lambda: take_step(optimizer))
         optimizer.zero_grad(set_to_none=True)
     times["data wait"] = _waits(dataset, config, sum(map(statistics.median, times.values())) / 1000)
@@ -99,14 +101,11 @@ def parts(data: str) -> dict[str, dict[str, float]]:
     return {name: _summary(values, of_step) for name, values in times.items()}
 
 
-def _time_crfs(
-    network: InstanceNetwork, config: TrainConfig, sample: Sample, logits: torch.Tensor, timed: Callable[..., Any]
-) -> None:
+def _time_crfs(objective: Objective, sample: Sample, logits: torch.Tensor, timed: Callable[..., Any]) -> None:
     """Forward and backward of what follows the logits, and the network's backward. Forward has the lattice too."""
-    image = torch.from_numpy(sample.image).to(logits)
+    image, config = torch.from_numpy(sample.image).to(logits), objective.config
     timed("lattice", lambda: build_kernels(image, config.model.semantic_crf.kernels))
     leaf = logits.detach().requires_grad_()
-    objective = Objective(network, config)
     losses = timed("CRFs forward", lambda: objective._losses(sample, leaf))
     total = config.semantic_loss_weight * losses["semantic_loss"] + losses["instance_loss"]
     timed("CRFs backward", total.backward)
@@ -130,32 +129,32 @@ def _summary(values: list[float], of_step: float) -> dict[str, float]:
     return {"median_ms": median, "min_ms": min(values), "max_ms": max(values), "share": median / of_step}
 
 
-def scaling(data: str) -> dict[str, Any]:
+def scaling(config: TrainConfig) -> dict[str, Any]:
     """Two images a step: seconds of one worker, of two, the efficiency of the second, and of that the all-reduce."""
-    alone, together = _train(1, data), _train(2, data)
+    alone, together = _train(1, config), _train(2, config)
     ratios = sorted(a / b / 2 for a, b in zip(alone, together, strict=True))
     return {
         "one_worker_s": alone,
         "two_workers_s": together,
         "efficiency": [ratios[0], statistics.median(ratios), ratios[-1]],
-        "all_reduce_s": _spawn(_reduce, 2, data),
+        "all_reduce_s": _spawn(_reduce, 2, config),
     }
 
 
-def _train(num_workers: int, data: str) -> list[float]:
-    return _spawn(_steps, num_workers, data)
+def _train(num_workers: int, config: TrainConfig) -> list[float]:
+    return _spawn(_steps, num_workers, config)
 
 
-def _spawn(work: Callable[..., None], num_workers: int, data: str) -> list[float]:
+def _spawn(work: Callable[..., None], num_workers: int, config: TrainConfig) -> list[float]:
     """Seconds of each step, as rank 0 measures them."""
     with tempfile.TemporaryDirectory() as folder:
-        start_processes(work, (num_workers, data, folder), num_workers)
+        start_processes(work, (num_workers, config, folder), num_workers)
         return [float(line) for line in (Path(folder) / "seconds").read_text().split()]
 
 
-def _steps(rank: int, num_workers: int, data: str, folder: str) -> None:
+def _steps(rank: int, num_workers: int, config: TrainConfig, folder: str) -> None:
     torch.set_num_threads(1)
-    dataset, config = PreparedDataset(data), configuration(data)
+    dataset = PreparedDataset(config.data)
     network, optimizer = build(config, dataset.num_labels)
     _join(rank, num_workers, folder)
     objective: torch.nn.Module = Objective(network, config)
@@ -172,10 +171,10 @@ def _steps(rank: int, num_workers: int, data: str, folder: str) -> None:
     _leave(rank, folder, seconds[1:])
 
 
-def _reduce(rank: int, num_workers: int, data: str, folder: str) -> None:
+def _reduce(rank: int, num_workers: int, config: TrainConfig, folder: str) -> None:
     """Add up as many numbers as there are gradients, at once."""
     torch.set_num_threads(1)
-    network, _ = build(configuration(data), PreparedDataset(data).num_labels)
+    network, _ = build(config, PreparedDataset(config.data).num_labels)
     _join(rank, num_workers, folder)
     numbers = torch.zeros(sum(p.numel() for p in network.parameters() if p.requires_grad))
     seconds = []

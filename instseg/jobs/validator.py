@@ -27,12 +27,12 @@ MAX_RESTARTS = 3  # of an actor whose process dies
 class Validator:
     """The way to the actor; may be sent to other processes. `validating` makes it."""
 
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
+    def __init__(self, actor: Any, log: RunLog) -> None:
+        self._actor, self._log = actor, log
 
     def catch_up(self) -> Any:
         """Tell it that there are new checkpoints, and do not wait; returns a reference to wait for."""
-        return None if self._actor is None else self._actor.catch_up.remote()
+        return None if self._actor is None else self._actor.catch_up.remote(self._log)
 
 
 @contextmanager
@@ -43,11 +43,11 @@ def validating(run: Place, config: ValidationConfig, log: RunLog) -> Iterator[Va
     log, and no end to the training.
     """
     if config.data is None:
-        yield Validator(None)
+        yield Validator(None, log)
         return
     options: dict[str, Any] = {"num_cpus": 0, "max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
-    actor: Any = ray.remote(**options)(_Validator).remote(str(StoragePath.of(run)), config, log)
-    validator = Validator(actor)
+    actor: Any = ray.remote(**options)(_Validator).remote(str(StoragePath.of(run)), config)
+    validator = Validator(actor, log)
     try:
         validator.catch_up()
         yield validator
@@ -65,15 +65,14 @@ def _wait(validator: Validator, log: RunLog) -> None:
 
 
 class _Validator:
-    """The actor."""
+    """The actor. The log, which is one too, is none of its arguments: Ray warns that they may not outlive a restart."""
 
-    def __init__(self, run: str, config: ValidationConfig, log: RunLog) -> None:
+    def __init__(self, run: str, config: ValidationConfig) -> None:
         self._arguments = run, config
-        self._log = log
 
-    def catch_up(self) -> None:
+    def catch_up(self, log: RunLog) -> None:
         for record in catch_up(*self._arguments):
-            self._log.line(in_words(record))
+            log.line(in_words(record))
 
 
 def log_validations(tracker: Tracker, run: Place, logged: set[str]) -> None:
