@@ -24,8 +24,10 @@ from typing import Any
 import pytest
 import ray
 
+from instseg.config import PredictConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.data.synthetic import write_synthetic_devkit
+from instseg.jobs.predict import predict
 from instseg.storage import StoragePath
 from tests.conftest import REPOSITORY
 from tests.jobs import prepare_with_actor
@@ -163,24 +165,20 @@ def kill_at_random(
     return killed
 
 
+@pytest.mark.usefixtures("ray_cluster")  # where the undisturbed run is
 def test_predictions_are_there_once_too(disk: Site) -> None:
     """A worker is killed, which the run survives, then the driver; the same command does what is missing."""
     inputs, out, undisturbed = disk.folder / "devkit", disk.folder / "masks", disk.folder / "undisturbed_masks"
+    names = {"images": "JPEGImages", "classes": "classes.txt", "detections": "detections.json", "logits": "logits"}
+    options = {name: str(inputs / file) for name, file in names.items()}
 
-    def start(out: Path) -> subprocess.Popen[str]:
-        options = {
-            "--images": inputs / "JPEGImages",
-            "--out": out,
-            "--shard-size": 2,
-            "--classes": inputs / "classes.txt",
-        }
-        options |= {"--detections": inputs / "detections.json", "--logits": inputs / "logits"}
-        words = [str(word) for pair in options.items() for word in pair]
-        with (disk.folder / f"{out.name}.log").open("a") as log:
-            command = [sys.executable, str(REPOSITORY / "workflows" / "predict.py"), *words]
-            return subprocess.Popen(command, stdout=log, stderr=log, text=True)
+    def start() -> subprocess.Popen[str]:
+        words = [f"--{name}={value}" for name, value in options.items()]
+        with (disk.folder / "masks.log").open("a") as log:
+            command = [sys.executable, str(REPOSITORY / "workflows" / "predict.py"), *words, f"--out={out}"]
+            return subprocess.Popen([*command, "--shard-size=2"], stdout=log, stderr=log, text=True)
 
-    process, parts = start(out), StoragePath.of(out / "shards")
+    process, parts = start(), StoragePath.of(out / "shards")
     for kind in ("worker", "driver"):
         assert wait_for_progress(process, parts, len(shards(parts))), (disk.folder / "masks.log").read_text()
         while not (found := victims(process).get(kind)):
@@ -189,9 +187,9 @@ def test_predictions_are_there_once_too(disk: Site) -> None:
     assert process.wait() == -signal.SIGKILL
     finished = times(parts)
     assert 0 < len(finished) < NUM_IMAGES // 2
-    assert start(out).wait() == 0, (disk.folder / "masks.log").read_text()
+    assert start().wait() == 0, (disk.folder / "masks.log").read_text()
     assert {name: times(parts)[name] for name in finished} == finished
-    assert start(undisturbed).wait() == 0
+    predict(PredictConfig(str(undisturbed), **options, shard_size=2))  # pyright: ignore
     expected = {path.relative_to(undisturbed): path.read_bytes() for path in undisturbed.rglob("*.*")}
     assert {path.relative_to(out): path.read_bytes() for path in out.rglob("*.*")} == expected
     assert len(json.loads((out / "images.json").read_text())["images"]) == NUM_IMAGES + 1
