@@ -36,7 +36,11 @@ from tests.jobs.nodes import LOOPBACK, two_nodes
 psutil = import_module("psutil", ray.__name__)  # Ray brings it along, and makes it importable
 NUM_KILLS, PLACE = int(os.environ.get("INSTSEG_NUM_KILLS", "3")), os.environ.get("INSTSEG_KILL_PLACE", "disk")
 NUM_IMAGES, SEED = 40, 0
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900 + 300 * NUM_KILLS)]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(900 + 300 * NUM_KILLS),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),  # Ray warns of its own defaults
+]
 
 
 @dataclass(frozen=True)
