@@ -136,8 +136,8 @@ def small_stage1(data: str, out: str) -> TrainConfig:
 def small_stage2(data: str, out: str) -> TrainConfig:
     """`--recipe small_stage2 --data runs/voc/train --out runs/small2 --start-from runs/small1`.
 
-    An hour or two on two cores is our guess. The higher-order CRF behind the network of `small_stage1`, and both
-    trained. The floor of the probabilities is the default one, since what no detection has found costs most.
+    A quarter of an hour there. The higher-order CRF behind the network of `small_stage1`, and both trained. The floor
+    of the probabilities is the default one, since what no detection has found costs most.
     """
     return replace(
         small_stage1(data, out),
@@ -154,8 +154,8 @@ def small_stage2(data: str, out: str) -> TrainConfig:
 def small_end_to_end(data: str, out: str) -> TrainConfig:
     """`--recipe small_end_to_end --data runs/voc/train --out runs/small3 --start-from runs/small2`.
 
-    An hour or two on two cores is our guess. The instance loss through both CRFs into the network of `small_stage2`,
-    beside the semantic one.
+    A quarter of an hour there. The instance loss through both CRFs into the network of `small_stage2`, beside the
+    semantic one.
     """
     return replace(small_stage2(data, out), train_through="instance_crf")
 
