@@ -21,14 +21,14 @@ from mlflow import MlflowClient
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import RESULTS, write_result
-from instseg.config import EvaluateConfig, TrackingConfig
+from instseg.config import EvaluateConfig, TrackingConfig, ValidationConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.evaluation.records import read_records
 from instseg.evaluation.significance import compare
 from instseg.jobs.evaluate import evaluate
-from instseg.jobs.validate import informative
+from instseg.jobs.validate import METRICS, informative, validation_images
 from instseg.jobs.validations import records
-from instseg.models.checkpoint import find_checkpoint
+from instseg.models.checkpoint import find_checkpoint, from_json
 from instseg.models.network import InstanceNetwork
 from instseg.report.tables import Evaluation
 from instseg.report.training_curves import Curve, save_training_curves
@@ -38,7 +38,7 @@ from instseg.structures import InstanceMap, Sample
 NUM_SHOWN = 5  # images
 LOSSES = {"semantic loss": "semantic_loss", "instance loss": "instance_loss"}
 SCORES = {"mean IoU, network [%]": "mean_iou_before", "mean IoU, CRF [%]": "mean_iou", "AP^r_vol [%]": "ap_r_vol"}
-REPORTED = ("mean_iou_before", "mean_iou_after", "ap_r_0.5", "ap_r_0.7", "ap_r_0.9", "ap_r_vol", "panoptic/quality")
+REPORTED = ("mean_iou_before", "mean_iou_after", "ap_r_0.5", "ap_r_0.7", "ap_r_0.9", "ap_r_vol", "pq")
 
 
 def main() -> None:
@@ -59,9 +59,11 @@ def main() -> None:
         stages[index]["gain"] = {name: [100 * value for value in gain] for name, gain in gains.items()}
     for stage in stages:
         print(stage, flush=True)
-    save_training_curves(
-        RESULTS / "stages_curves.png", {run.name: _curves(run, tracking) for run in runs}, [*LOSSES, *SCORES]
-    )
+    curves = {run.name: _losses(run, tracking) for run in runs}
+    validated = _validation(runs[0])
+    for run, evaluation in zip(runs, evaluations, strict=True):
+        curves[run.name] |= _validations(run, validated, evaluation)
+    save_training_curves(RESULTS / "stages_curves.png", curves, [*LOSSES, *SCORES])
     _draw(runs, options.data, evaluations[-1])
     print(write_result("stages", {"num_images": evaluations[0].num_images, "stages": stages}))
 
@@ -79,8 +81,8 @@ def _scores(run: Path, evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _curves(run: Path, tracking: TrackingConfig) -> dict[str, Curve]:
-    """Losses by step as MLflow has them, scores by step as the validations found them."""
+def _losses(run: Path, tracking: TrackingConfig) -> dict[str, Curve]:
+    """By step, as MLflow has them."""
     client = MlflowClient(tracking.uri)
     (experiment,) = client.search_experiments(filter_string=f"name = '{tracking.experiment}'")
     wanted = f"attributes.run_name = '{run.name}' and tags.workflow = 'train'"
@@ -89,9 +91,24 @@ def _curves(run: Path, tracking: TrackingConfig) -> dict[str, Curve]:
     for title, name in LOSSES.items():
         history = client.get_metric_history(found.info.run_id, name)
         curves[title] = sorted((metric.step, metric.value) for metric in history)
-    for title, name in SCORES.items():
-        curves[title] = [(record["step"], record["metrics"][name]) for record in records(run)]
     return curves
+
+
+def _validation(run: Path) -> ValidationConfig:
+    return from_json(ValidationConfig, find_checkpoint(run).config["train"]["validation"])
+
+
+def _validations(run: Path, validated: ValidationConfig, evaluation: Evaluation) -> dict[str, Curve]:
+    """Scores by step on the validation images of the first stage: its validations, and for each stage the last one."""
+    images = set(validation_images(validated).image_ids)
+    of_images = [record for record in evaluation.records if record.image_id in images]
+    last, step = Evaluation.of(of_images, evaluation.classes).metrics(), find_checkpoint(run).state["step"]
+    same = _validation(run).num_images == validated.num_images
+    before = [record for record in records(run) if same and record["step"] < step]
+    return {
+        title: [*((record["step"], record["metrics"][name]) for record in before), (step, last[METRICS[name]])]
+        for title, name in SCORES.items()
+    }
 
 
 def _draw(runs: Sequence[Path], data: str, evaluation: Evaluation) -> None:
