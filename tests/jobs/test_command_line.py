@@ -19,11 +19,12 @@ from typing import Any
 
 import pytest
 
-from instseg.config import EvaluateConfig, ModelConfig, SemanticCrfConfig
+from instseg.config import EvaluateConfig, ModelConfig, SemanticCrfConfig, TrainConfig
 from instseg.jobs import command_line
 from instseg.jobs.cluster import JobError
 from instseg.models.checkpoint import save_checkpoint
 from instseg.models.network import InstanceNetwork
+from instseg.recipes import small_stage1
 from tests.jobs.ending import parsed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -109,7 +110,8 @@ def test_a_recipe_sets_the_defaults(command: Command, monkeypatch: pytest.Monkey
     monkeypatch.setattr(import_module(f"instseg.jobs.{name}"), name, taken.append)
     monkeypatch.setattr("sys.argv", [name, "--recipe", "small_stage1", "--data", "d", "--out", "o", "--device", "cpu"])
     getattr(command_line, name)()
-    assert (taken[0].model.semantic, taken[0].num_epochs, taken[0].device) == ("fcn8s", 6, "cpu")
+    assert taken[0].num_epochs == small_stage1("d", "o").num_epochs != TrainConfig("d", "o").num_epochs
+    assert (taken[0].model.semantic, taken[0].device) == ("fcn8s", "cpu")
     assert "did you mean 'small_stage1'" in command(name, "--recipe", "smal_stage1", "--data", "d", "--out", "o")[1]
 
 
