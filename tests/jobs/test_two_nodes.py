@@ -174,6 +174,7 @@ def test_a_training_goes_on_with_fewer_workers_when_a_node_is_lost(
     assert status == 0, said
     assert lost.is_set()
     done = [line.split()[1] for line in printed.splitlines() if " done, " in line]
-    assert done == ["1/3", "2/3", "3/3"]
+    # After the loss of a node Ray's controller may end before it hears of the last report: seen once in four runs.
+    assert done in (["1/3", "2/3", "3/3"], ["1/3", "2/3"])
     # Seven images by two workers, then by one: from the second checkpoint if who wrote it was on the head, and went on.
     assert find_checkpoint(out).state["step"] in (4 + 7 + 7, 4 + 4 + 7)
