@@ -6,7 +6,7 @@ import re
 import pytest
 from PIL import Image
 
-from instseg.report.page import claim, picture
+from instseg.report.page import Section, claim, page, picture, table
 from tests.report.reports import HOSTILE, report
 
 
@@ -41,3 +41,11 @@ def test_a_picture_is_in_the_page_and_what_is_said_is_text() -> None:
     assert claim(HOSTILE).count("<") == 2
     with pytest.raises(OSError, match="cannot identify"):
         picture(b"no image", "")
+
+
+def test_titles_tables_and_facts_are_text() -> None:
+    evil = "<script>alert('x')</script>"
+    blocks = [claim(evil), table([[evil, "b"], ["c", evil]])]
+    text = page(evil, [Section("answer", evil, blocks)], {evil: evil})
+    assert "<script>alert" not in text
+    assert text.count("&lt;script&gt;alert") == 9  # title twice, contents, facts twice, heading, claim, table twice
