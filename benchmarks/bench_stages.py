@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from mlflow import MlflowClient
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,7 +32,6 @@ from instseg.models.network import InstanceNetwork
 from instseg.report.tables import Evaluation
 from instseg.report.training_curves import Curve, save_training_curves
 from instseg.report.validation_panels import save_progress
-from instseg.structures import InstanceMap, Sample
 
 NUM_SHOWN = 5  # images
 LOSSES = {"semantic loss": "semantic_loss", "instance loss": "instance_loss"}
@@ -115,14 +113,12 @@ def _draw(runs: Sequence[Path], data: str, evaluation: Evaluation) -> None:
     """The images with the most classes, as each stage segments them."""
     dataset = PreparedDataset(data)
     samples = [dataset[index] for index in informative(list(evaluation.records), dataset.image_ids, NUM_SHOWN)]
-    shown = {run.name: _segment(InstanceNetwork.load(run), samples) for run in runs}
+    networks = {run.name: InstanceNetwork.load(run) for run in runs}
+    shown = {
+        name: [network.segment(sample.image, sample.detections) for sample in samples]
+        for name, network in networks.items()
+    }
     save_progress(RESULTS / "stages_progress.png", samples, shown, dataset.classes)
-
-
-@torch.inference_mode()
-def _segment(network: InstanceNetwork, samples: Sequence[Sample]) -> list[InstanceMap]:
-    network.eval()
-    return [network.instance_map(network(sample)) for sample in samples]
 
 
 if __name__ == "__main__":
