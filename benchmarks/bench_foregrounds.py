@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""What a GrabCut call costs, how near its mask is to the object, and what AP^r_vol of the whole system makes of it.
+"""What AP^r_vol of the whole system makes of a cheaper GrabCut; `curve` is what a call costs, and how near it comes.
 
-Foregrounds of a prepared data set are computed anew under each setting. The system is that of cross-validations
-(`instseg-crossvalidate`) of the same data, one for each seed, whose heads were trained with the foregrounds that the
-data has: each image is scored by a network that was trained without it. Records are kept in --out, so that a run that
-was stopped goes on.
+Foregrounds of a prepared data set are computed anew under each setting. The systems are the hand-set one without a
+detection head, which uses them most, and those of cross-validations (`instseg-crossvalidate`) of the same data, one for
+each seed, whose heads were trained with the foregrounds that the data has: each image is scored by a network that was
+trained without it. Records are kept in --out, so that a run that was stopped goes on. The data is of `instseg-prepare
+--grabcut.num-iterations 5 --grabcut.box-pixels 1000000000 --grabcut.margin 1000000000`.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import write_result
-from instseg.config import FULL, GrabCutConfig
+from instseg.config import FULL, GrabCutConfig, ModelConfig
 from instseg.data.dataset import PreparedDataset
-from instseg.data.folds import split_folds
+from instseg.data.files import read_json
 from instseg.data.foreground import compute_foregrounds
 from instseg.evaluation.ap_r import ImageRecord, image_record
 from instseg.evaluation.matching import match_boxes
@@ -44,7 +45,7 @@ from instseg.structures import Detections, Sample, box_to_slices
 
 WHOLE = 10**9  # pixels, or sides of the box: more than any image has
 SETTINGS: dict[str, GrabCutConfig] = {
-    "whole image, 5 iterations": GrabCutConfig(5, WHOLE, WHOLE),
+    (BEFORE := "whole image, 5 iterations"): GrabCutConfig(5, WHOLE, WHOLE),
     "whole image, 1": GrabCutConfig(1, WHOLE, WHOLE),
     "half around, 5": GrabCutConfig(5, WHOLE),
     "half around, 16384 px, 5": GrabCutConfig(5),
@@ -53,9 +54,9 @@ SETTINGS: dict[str, GrabCutConfig] = {
     "half around, 4096 px, 1": GrabCutConfig(1, 4096),
     "quarter around, 16384 px, 1": GrabCutConfig(margin=0.25),
 }
-PREPARED, BOX, DEFAULT = "as prepared", "box", "half around, 16384 px, 1"
-EVERY = 4  # of the images serves for costs and masks
-NUM_FOLDS, FOLD_SEED = 5, 0
+PLAIN, PREPARED, BOX, DEFAULT = "plain OpenCV, whole image, 5", "as prepared", "box", "half around, 16384 px, 1"
+EVERY = 4  # of the images serves for the curve; all do for the plain loop and the default
+HAND_SET = "hand-set, no head"
 
 
 class Masks(NamedTuple):
@@ -74,30 +75,31 @@ def main() -> None:
     parser.add_argument("--folds", nargs="*", default=[], help="folders of cross-validations, one for each seed")
     parser.add_argument("--out", required=True, help="folder for records")
     options = parser.parse_args()
-    data = os.path.abspath(options.data)
-    indices = range(0, len(PreparedDataset(data)), EVERY)
+    data, scores = os.path.abspath(options.data), dict[str, Any]()
     with get_context("spawn").Pool(2, torch.set_num_threads, [1]) as pool:
-        curve: dict[str, dict[str, float]] = {}
-        for name in _masks_of():
-            curve[name] = _summary(pool.starmap(_masks, [(data, index, name) for index in indices]))
-            print(name, json.dumps(curve[name]), flush=True)
-        scores: dict[str, Any] = {}
-        for place in options.folds:
+        for place in (None, *(os.path.abspath(place) for place in options.folds)):
+            system = HAND_SET if place is None else Path(place).name
             for name in (PREPARED, DEFAULT):
-                path = _path(Path(options.out), len(scores), name)
+                path = _path(Path(options.out), system, name)
                 if path.size() is None:
-                    jobs = [(data, os.path.abspath(place), name, *job) for job in _held_out(data)]
+                    jobs = [(data, place, name, *job) for job in _held_out(data, place)]
                     write_records(path, sorted(pool.starmap(_record, jobs, 4), key=lambda record: record.image_id))
-            scores[place] = _scores(Path(options.out), len(scores), data)
-            print(json.dumps(scores[place], indent=1), flush=True)
-    result: dict[str, Any] = {"settings": {name: asdict(config) for name, config in SETTINGS.items()}, "curve": curve}
-    result["ap_r_vol"] = list(scores.values())
-    result["mean_difference"] = mean(seed["difference"][0] for seed in scores.values()) if scores else None
-    print(write_result("foregrounds", result))
+            scores[system] = _scores(Path(options.out), system, data)
+            print(system, json.dumps(scores[system], indent=1), flush=True)
+    differences = [of_system["difference"][0] for system, of_system in scores.items() if system != HAND_SET]
+    result = {"before": asdict(SETTINGS[BEFORE]), "after": asdict(SETTINGS[DEFAULT]), "ap_r_vol": scores}
+    print(write_result("foregrounds", result | {"mean_difference": mean(differences) if differences else None}))
 
 
-def _masks_of() -> list[str]:
-    return ["plain OpenCV, whole image, 5", *SETTINGS, BOX]
+def curve(data: str) -> dict[str, dict[str, float]]:
+    """Of each setting: CPU seconds a detection, images a second and core, share of boxes, mean IoU with the truth."""
+    found = {}
+    with get_context("spawn").Pool(2) as pool:
+        for name in (PLAIN, *SETTINGS, BOX):
+            indices = range(0, len(PreparedDataset(data)), 1 if name in (PLAIN, DEFAULT) else EVERY)
+            found[name] = _summary(pool.starmap(_masks, [(data, index, name) for index in indices]))
+            print(name, json.dumps(found[name]), flush=True)
+    return found
 
 
 def _masks(data: str, index: int, name: str) -> Masks:
@@ -148,6 +150,7 @@ def _summary(masks: list[Masks]) -> dict[str, float]:
     num_detections = sum(image.num_detections for image in masks)
     seconds = sum(image.seconds for image in masks)
     return {
+        "num_images": len(masks),
         "cpu_seconds_per_detection": seconds / num_detections,
         "images_per_core_second": len(masks) / max(seconds, 1e-9),
         "share_of_boxes": sum(image.num_boxes for image in masks) / num_detections,
@@ -155,25 +158,29 @@ def _summary(masks: list[Masks]) -> dict[str, float]:
     }
 
 
-def _held_out(data: str) -> Iterator[tuple[int, int]]:
-    """Each image once: the fold that it is in, and its index."""
-    for fold, indices in enumerate(split_folds(_dataset(data).image_ids, NUM_FOLDS, FOLD_SEED)):
-        yield from ((fold, index) for index in indices)
+def _held_out(data: str, folds: str | None) -> Iterator[tuple[str | None, int]]:
+    """Each image once: the run that was trained without it, and its index."""
+    dataset = _dataset(data)
+    if folds is None:
+        yield from ((None, index) for index in range(len(dataset)))
+        return
+    fold_of = read_json(StoragePath.of(folds) / "crossvalidation.json")["folds"]
+    yield from ((f"{folds}/fold_{fold_of[i]}/run", k) for k, i in enumerate(dataset.image_ids))
 
 
 @torch.inference_mode()
-def _record(data: str, folds: str, name: str, fold: int, index: int) -> ImageRecord:
-    dataset, network = _dataset(data), _network(f"{folds}/fold_{fold}/run")
-    sample = dataset[index]
+def _record(data: str, folds: str | None, name: str, run: str | None, index: int) -> ImageRecord:
+    dataset = _dataset(data)
+    network, sample = _network(run, dataset.num_labels), dataset[index]
     sample = replace(sample, detections=_foregrounds(sample, name)[0])
     output = network(sample, FULL)
     before, validity = output.semantic_logits.argmax(0).numpy(), output.validity.numpy()
     return image_record(sample, network.instance_map(output), before, dataset.num_labels, validity)
 
 
-def _scores(out: Path, seed: int, data: str) -> dict[str, Any]:
+def _scores(out: Path, system: str, data: str) -> dict[str, Any]:
     """AP^r_vol, and the difference to the foregrounds of before with its 95 % interval, in percent."""
-    before, after = (read_records(_path(out, seed, name)) for name in (PREPARED, DEFAULT))
+    before, after = (read_records(_path(out, system, name)) for name in (PREPARED, DEFAULT))
     classes = _dataset(data).classes
     return {
         PREPARED: Evaluation.of(before, classes).metrics()["ap_r_vol"],
@@ -182,8 +189,8 @@ def _scores(out: Path, seed: int, data: str) -> dict[str, Any]:
     }
 
 
-def _path(out: Path, seed: int, name: str) -> StoragePath:
-    return StoragePath.of(str(out)) / f"{seed}-{name.replace(' ', '_')}.arrow"
+def _path(out: Path, system: str, name: str) -> StoragePath:
+    return StoragePath.of(str(out)) / f"{system}-{name}.arrow".replace(" ", "_")
 
 
 @lru_cache
@@ -192,8 +199,8 @@ def _dataset(data: str) -> PreparedDataset:
 
 
 @lru_cache
-def _network(run: str) -> InstanceNetwork:
-    return InstanceNetwork.load(run)
+def _network(run: str | None, num_labels: int) -> InstanceNetwork:
+    return InstanceNetwork(ModelConfig(), num_labels) if run is None else InstanceNetwork.load(run)
 
 
 if __name__ == "__main__":

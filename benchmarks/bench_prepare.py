@@ -1,9 +1,11 @@
 #!/usr/bin/env python
-"""What preparing costs: each stage, one and two CPUs, Ray beside a plain process pool, and 100,000 images.
+"""What preparing costs: each stage, one and two CPUs, Ray beside a plain process pool, GrabCut, and 100,000 images.
 
 Stages and scaling take photographs of the devkit that is named (or generated scenes of VOC's size), with the detections
 and logits beside it; the networks have random weights, which cost what trained ones do. The 100,000 images are a few
-small scenes under as many names. `--parts` chooses; results of the others stay.
+small scenes under as many names. GrabCut's settings are tried on all photographs of the devkit's split `train`, beside
+the plain loop of OpenCV's tutorial; bench_foregrounds.py says what AP^r makes of them. `--parts` chooses; results of
+the others stay.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from torchvision.models import get_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import bench_foregrounds
 from benchmarks.common import RESULTS, write_result
 from instseg.config import PrepareConfig
 from instseg.data.manifest import collect_settings
@@ -55,14 +58,15 @@ def main() -> None:
     """Print what was measured and write results/prepare.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--devkit", help="VOC devkit; beside it networks/detections.json and networks/logits")
-    parser.add_argument("--parts", nargs="+", default=["stages", "scaling", "scale"])
+    parts = {"stages": stages, "scaling": scaling, "scale": scale, "grabcut": grabcut}
+    parser.add_argument("--parts", nargs="+", default=list(parts), choices=list(parts))
     options = parser.parse_args()
     path = RESULTS / "prepare.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         config = _inputs(options.devkit, Path(folder))
         for part in options.parts:
-            results[part] = {"stages": stages, "scaling": scaling, "scale": scale}[part](config, Path(folder))
+            results[part] = parts[part](config, Path(folder))
             results.pop("provenance", None)
             print(json.dumps({part: results[part]}, indent=1), write_result("prepare", results), flush=True)
 
@@ -181,6 +185,16 @@ def _make(plan: ShardPlan, task: ShardTask) -> str:
     return write(plan, foreground(plan, read(plan, task))).sha256
 
 
+def grabcut(config: PrepareConfig, folder: Path) -> dict[str, Any]:
+    """The curve of settings, what the default costs beside the plain loop in one process, and how it divides by two."""
+    out = folder / "grabcut"
+    prepare(replace(config, split="all", out=str(out)))
+    curve = bench_foregrounds.curve(str(out))
+    plain, default = (curve[name] for name in (bench_foregrounds.PLAIN, bench_foregrounds.DEFAULT))
+    ratio = plain["cpu_seconds_per_detection"] / default["cpu_seconds_per_detection"]
+    return {"curve": curve, "plain_over_default": ratio}
+
+
 def scale(config: PrepareConfig, folder: Path) -> dict[str, Any]:
     """Images a second and peak memory of the driver and of all of Ray, for more and more images."""
     del config
@@ -281,7 +295,9 @@ def _inputs(devkit: str | None, folder: Path) -> PrepareConfig:
     if devkit is None:
         write_synthetic_devkit(str(folder / "devkit"), num_train=NUM_IMAGES, num_val=2, seed=0, size=(376, 496))
         root, outputs, classes = folder / "devkit", folder / "devkit", str(folder / "devkit/classes.txt")
-        (root / "ImageSets/Segmentation/val.txt").rename(root / "ImageSets/Segmentation/warm.txt")
+        names = root / "ImageSets/Segmentation"
+        (names / "val.txt").rename(names / "warm.txt")
+        (names / "all.txt").write_bytes((names / "train.txt").read_bytes())
     else:
         found = list_images(PrepareConfig(out="", devkit=devkit, split="train"))
         root, outputs, classes = folder / "devkit", Path(devkit).parent / "networks", None
@@ -291,6 +307,7 @@ def _inputs(devkit: str | None, folder: Path) -> PrepareConfig:
         ids = [item.image_id for item in found.items]
         (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(ids[:NUM_IMAGES]))
         (root / "ImageSets/Segmentation/warm.txt").write_text("\n".join(ids[-2:]))
+        (root / "ImageSets/Segmentation/all.txt").write_text("\n".join(ids))
     return PrepareConfig(
         out="",
         devkit=str(root),
