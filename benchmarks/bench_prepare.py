@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -48,6 +47,7 @@ from instseg.jobs.sources import list_images
 from instseg.storage import StoragePath
 
 NUM_IMAGES, SHARD_SIZE, ROUNDS = 48, 4, 3
+SCALING_SHARD_SIZE = 8  # of all photographs: enough shards that the last ones do not count, enough work in each
 NETWORKS = {"detect": "fasterrcnn_resnet50_fpn", "segment": "deeplabv3_mobilenet_v3_large"}
 NUM_FOR_NETWORKS = 8
 PAPER_IMAGES, PAPER_DETECTIONS = 10_582 + 66_099, 250_000  # VOC + SBD, COCO
@@ -136,24 +136,25 @@ def _network_costs(config: PrepareConfig, plan: ShardPlan, tasks: list[ShardTask
 
 
 def scaling(config: PrepareConfig, folder: Path) -> dict[str, Any]:
-    """Seconds with 1 and 2 CPUs, of Ray and of a process pool that does the same, in turn, both warm."""
+    """Seconds for all photographs with 1 and 2 CPUs, of Ray and of a process pool that does the same, in turn, warm."""
     import ray
 
+    warm_up, config = (replace(config, split=split, shard_size=SCALING_SHARD_SIZE) for split in ("warm", "all"))
     times: dict[str, list[float]] = {}
     for number in range(ROUNDS):
         for num_cpus in (1, 2):
-            with _pool(config, num_cpus) as run:
+            with _pool(warm_up, num_cpus) as run:
                 _time(times, f"pool_{num_cpus}", lambda n=num_cpus, k=number: run(config, folder / f"pool_{n}_{k}"))
             ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
             try:
-                prepare(replace(config, out=str(folder / f"warm_{num_cpus}_{number}")))
+                prepare(replace(warm_up, out=str(folder / f"warm_{num_cpus}_{number}")))
                 out = folder / f"ray_{num_cpus}_{number}"
                 _time(times, f"ray_{num_cpus}", lambda out=out: prepare(replace(config, out=str(out))))
             finally:
                 ray.shutdown()
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {
-        "num_images": NUM_IMAGES,
+        "num_images": len(list_images(config).items),
         "seconds": {name: [min(v), medians[name], max(v)] for name, v in times.items()},
         "ray_efficiency_on_2": _paired(times["ray_1"], times["ray_2"], 2),
         "pool_efficiency_on_2": _paired(times["pool_1"], times["pool_2"], 2),
@@ -177,7 +178,7 @@ def _pool(warm_up: PrepareConfig, num_processes: int) -> Iterator[Callable[[Prep
             plan, tasks = _plan(config, out)
             list(pool.map(_make, [plan] * len(tasks), tasks))
 
-        run(replace(warm_up, split="warm"), Path(tempfile.mkdtemp()))
+        run(warm_up, Path(tempfile.mkdtemp()))
         yield run
 
 
@@ -244,7 +245,8 @@ def _measure_scale(config: PrepareConfig, sender: Any) -> None:
     done.set()
     watcher.join()
     assert len(dataset) == dataset.manifest["num_images"]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = Path("/proc/self/status").read_text()  # getrusage has the peak of the process that started this one
+    peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
     sender.send(
         {
             "seconds": seconds,
@@ -285,15 +287,17 @@ def _plan(config: PrepareConfig, out: Path) -> tuple[ShardPlan, list[ShardTask]]
     records = {} if config.detections is None else read_detections(config.detections)[0]
     logits = None if config.logits is None else StoragePath.of(config.logits)
     plan = ShardPlan(StoragePath.of(out), listing.source, logits, config.min_score, config.grabcut, digest=str(out))
-    parts = range(0, len(listing.items), SHARD_SIZE)
-    tasks = [ShardTask.of(k, listing.items[i : i + SHARD_SIZE], records) for k, i in enumerate(parts)]
+    parts, size = range(0, len(listing.items), config.shard_size), config.shard_size
+    tasks = [ShardTask.of(k, listing.items[i : i + size], records) for k, i in enumerate(parts)]
     return plan, tasks
 
 
 def _inputs(devkit: str | None, folder: Path) -> PrepareConfig:
-    """The first photographs of a devkit, or generated scenes; the split "warm" has a few others."""
+    """The first photographs of a devkit, or generated scenes; the split "warm" has a few, "all" all."""
     if devkit is None:
-        write_synthetic_devkit(str(folder / "devkit"), num_train=NUM_IMAGES, num_val=2, seed=0, size=(376, 496))
+        write_synthetic_devkit(
+            str(folder / "devkit"), num_train=NUM_IMAGES, num_val=4 * SCALING_SHARD_SIZE, seed=0, size=(376, 496)
+        )
         root, outputs, classes = folder / "devkit", folder / "devkit", str(folder / "devkit/classes.txt")
         names = root / "ImageSets/Segmentation"
         (names / "val.txt").rename(names / "warm.txt")
@@ -306,7 +310,7 @@ def _inputs(devkit: str | None, folder: Path) -> PrepareConfig:
             (root / name).symlink_to(Path(str(getattr(found.source, "root"))) / name)  # noqa: B009
         ids = [item.image_id for item in found.items]
         (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(ids[:NUM_IMAGES]))
-        (root / "ImageSets/Segmentation/warm.txt").write_text("\n".join(ids[-2:]))
+        (root / "ImageSets/Segmentation/warm.txt").write_text("\n".join(ids[-4 * SCALING_SHARD_SIZE :]))
         (root / "ImageSets/Segmentation/all.txt").write_text("\n".join(ids))
     return PrepareConfig(
         out="",
