@@ -2,7 +2,8 @@
 """What preparing costs: each stage, one and two CPUs, Ray beside a plain process pool, GrabCut, and 100,000 images.
 
 Stages and scaling take photographs of the devkit that is named (or generated scenes of VOC's size), with the detections
-and logits beside it; the networks have random weights, which cost what trained ones do. The 100,000 images are a few
+and logits beside it, and the first of these again as SBD has them, and COCO's samples; the networks have random
+weights, which cost what trained ones do. The 100,000 images are a few
 small scenes under as many names. GrabCut's settings are tried on all photographs of the devkit's split `train`, beside
 the plain loop of OpenCV's tutorial; bench_foregrounds.py says what AP^r makes of them. `--parts` chooses; results of
 the others stay.
@@ -15,9 +16,9 @@ import json
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,7 +29,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
+from PIL import Image
 from safetensors.torch import save
+from scipy.io import savemat
+from scipy.sparse import csc_matrix
 from torchvision.models import get_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import bench_foregrounds
 from benchmarks.common import RESULTS, write_result
 from instseg.config import PrepareConfig
+from instseg.data.dataset import PreparedDataset
 from instseg.data.manifest import collect_settings
 from instseg.data.network_outputs import read_detections
 from instseg.data.shards import ShardPlan, ShardTask
@@ -50,8 +57,9 @@ NUM_IMAGES, SHARD_SIZE, ROUNDS = 48, 4, 3
 SCALING_SHARD_SIZE = 8  # of all photographs: enough shards that the last ones do not count, enough work in each
 NETWORKS = {"detect": "fasterrcnn_resnet50_fpn", "segment": "deeplabv3_mobilenet_v3_large"}
 NUM_FOR_NETWORKS = 8
-PAPER_IMAGES, PAPER_DETECTIONS = 10_582 + 66_099, 250_000  # VOC + SBD, COCO
-SCALES = (10_000, 30_000, 100_000)  # images, small ones
+PAPER_IMAGES, PAPER_DETECTIONS = {"sbd": 10_582, "coco": 66_099}, 250_000  # SBD's with some of VOC
+SCALES = (10_000, 100_000)  # images, small ones
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
@@ -72,24 +80,20 @@ def main() -> None:
 
 
 def stages(config: PrepareConfig, folder: Path) -> dict[str, Any]:
-    """CPU seconds for 1,000 images of each stage, in one process."""
-    plan, tasks = _plan(config, folder / "stages")
-    seconds: Counter[str] = Counter()
-    num_detections = 0
-    for task in tasks:
-        start = time.process_time()
-        draft = read(plan, task)
-        middle = time.process_time()
-        foreground(plan, draft)
-        late = time.process_time()
-        num_detections += write(plan, draft).num_detections
-        seconds.update({"read": middle - start, "foreground": late - middle, "write": time.process_time() - late})
-    costs = {stage: 1000 * taken / NUM_IMAGES for stage, taken in seconds.items()}
-    costs |= _network_costs(config, plan, tasks)
-    start = time.perf_counter()
-    collect_settings(config, list_images(config), {})
-    costs["driver"] = 1000 * (time.perf_counter() - start) / NUM_IMAGES
-    per_detection = seconds["foreground"] / num_detections
+    """CPU seconds for 1,000 images of each stage, in one process: of VOC with the networks, and what others read."""
+    source_of = {"voc": config, "sbd": _as_sbd(config, folder / "sbd")} | _coco(config)
+    costs, num_detections = {}, 0
+    for name, of_source in source_of.items():
+        plan, tasks = _plan(of_source, folder / name / "out")
+        costs[name], num_found = _stage_costs(plan, tasks)
+        if name == "voc":
+            num_detections = num_found
+            costs[name] |= _network_costs(config, plan, tasks)
+        start = time.perf_counter()
+        listing = list_images(of_source)
+        collect_settings(of_source, listing, {})
+        costs[name]["driver"] = 1000 * (time.perf_counter() - start) / len(listing.items)
+    per_detection = costs["voc"]["foreground"] / num_detections * NUM_IMAGES / 1000
     return {
         "cpu_seconds_per_1000_images": costs,
         "detections_per_image": num_detections / NUM_IMAGES,
@@ -98,11 +102,71 @@ def stages(config: PrepareConfig, folder: Path) -> dict[str, Any]:
     }
 
 
-def _projection(costs: dict[str, float], per_detection: float) -> dict[str, dict[str, float]]:
+def _stage_costs(plan: ShardPlan, tasks: list[ShardTask]) -> tuple[dict[str, float], int]:
+    """CPU seconds for 1,000 images, and how many detections there were."""
+    seconds: Counter[str] = Counter()
+    num_images = num_detections = 0
+    for task in tasks:
+        start = time.process_time()
+        draft = read(plan, task)
+        middle = time.process_time()
+        foreground(plan, draft)
+        late = time.process_time()
+        report = write(plan, draft)
+        seconds.update({"read": middle - start, "foreground": late - middle, "write": time.process_time() - late})
+        num_images, num_detections = num_images + len(report.image_ids), num_detections + report.num_detections
+    return {stage: 1000 * taken / num_images for stage, taken in seconds.items()}, num_detections
+
+
+def _as_sbd(config: PrepareConfig, root: Path) -> PrepareConfig:
+    """The same photographs in the folders of SBD, with MATLAB files as published: classes, instances, boundaries."""
+    assert config.devkit is not None
+    devkit = Path(config.devkit)
+    for name in ("cls", "inst"):
+        (root / name).mkdir(parents=True)
+    (root / "img").symlink_to(devkit / "JPEGImages")
+    ids = (devkit / "ImageSets/Segmentation/train.txt").read_text().split()
+    for name, text in (("train", "\n".join(ids)), ("val", "none")):
+        (root / f"{name}.txt").write_text(text)
+    for image_id in ids:
+        paths = (devkit / f"{name}/{image_id}.png" for name in ("SegmentationClass", "SegmentationObject"))
+        semantic, instances = (np.array(Image.open(path)) % 255 for path in paths)  # SBD has no void
+        categories = [[semantic[instances == k].max(initial=0)] for k in range(1, instances.max() + 1)]
+        bounds = {"cls": _boundaries(semantic, 20), "inst": _boundaries(instances, len(categories))}
+        truth = {"Segmentation": semantic, "Boundaries": bounds["cls"], "CategoriesPresent": np.unique(semantic)}
+        savemat(root / f"cls/{image_id}.mat", {"GTcls": truth}, do_compression=True)
+        truth = {"Segmentation": instances, "Boundaries": bounds["inst"], "Categories": np.array(categories, np.uint8)}
+        savemat(root / f"inst/{image_id}.mat", {"GTinst": truth}, do_compression=True)
+    return replace(config, devkit=None, sbd=str(root), split="train")
+
+
+def _boundaries(labels: np.ndarray, num: int) -> np.ndarray:
+    """A cell array of sparse matrices: the pixels of each label that touch others."""
+    cells = np.empty((num, 1), object)
+    for row in range(num):
+        mask = (labels == row + 1).astype(np.uint8)
+        cells[row, 0] = csc_matrix(mask - cv2.erode(mask, np.ones((3, 3), np.uint8)), dtype=np.float64)
+    return cells
+
+
+def _coco(config: PrepareConfig) -> dict[str, PrepareConfig]:
+    """COCO's samples beside the devkit's folder, if there are some; without detections, which depend on VOC's ids."""
+    assert config.detections is not None
+    root = Path(config.detections).parents[1] / "coco"
+    if not root.exists():
+        return {}
+    annotations = str(root / "annotations/instances_train2017.json")
+    none = {"devkit": None, "split": None, "classes": "voc", "detections": None, "logits": None}
+    return {"coco": replace(config, coco=annotations, images=str(root / "train2017"), **none)}
+
+
+def _projection(costs: dict[str, dict[str, float]], per_detection: float) -> dict[str, dict[str, float]]:
     """Hours for the paper's training set on more and more cores: the stages divide, what the driver does not."""
-    work = PAPER_IMAGES * (costs["read"] + costs["write"]) / 1000 + PAPER_DETECTIONS * per_detection
-    networks = PAPER_IMAGES / 1000 * sum(cost for stage, cost in costs.items() if "," in stage)
-    serial = PAPER_IMAGES * costs["driver"] / 1000
+    of_source = {"sbd": costs["sbd"], "coco": costs.get("coco", costs["voc"])}
+    per_image = {name: (cost["read"] + cost["write"], cost["driver"]) for name, cost in of_source.items()}
+    work = sum(num / 1000 * per_image[name][0] for name, num in PAPER_IMAGES.items()) + PAPER_DETECTIONS * per_detection
+    networks = sum(PAPER_IMAGES.values()) / 1000 * sum(cost for stage, cost in costs["voc"].items() if "," in stage)
+    serial = sum(num / 1000 * per_image[name][1] for name, num in PAPER_IMAGES.items())
     return {
         str(cores): {
             "imported_outputs": (work / cores + serial) / 3600,
@@ -197,29 +261,25 @@ def grabcut(config: PrepareConfig, folder: Path) -> dict[str, Any]:
 
 
 def scale(config: PrepareConfig, folder: Path) -> dict[str, Any]:
-    """Images a second and peak memory of the driver and of all of Ray, for more and more images."""
+    """Images a second and peak memory of the command and of its processes, for few and for many images."""
     del config
     few = folder / "few"
     write_synthetic_devkit(str(few), num_train=50, num_val=1, seed=0, size=(32, 32))
     results = {}
     for num_images in SCALES:
-        many = _many(few, folder / f"many_{num_images}", num_images)
-        inputs = PrepareConfig(
-            out=str(folder / f"data_{num_images}"),
-            devkit=str(many),
-            split="train",
-            classes=str(few / "classes.txt"),
-            shard_size=64,
-        )
-        context = multiprocessing.get_context("spawn")
-        receiver, sender = context.Pipe()
-        process = context.Process(target=_measure_scale, args=(inputs, sender))
-        process.start()
-        results[str(num_images)] = receiver.recv() | {"num_images": num_images}
-        process.join()
-    first, last = results[str(SCALES[0])], results[str(SCALES[-1])]
-    grown = last["driver_peak_mib"] - first["driver_peak_mib"]
-    return results | {"driver_kib_per_image": 1024 * grown / (SCALES[-1] - SCALES[0])}
+        out = folder / f"data_{num_images}"
+        many, classes = _many(few, folder / f"many_{num_images}", num_images), few / "classes.txt"
+        options = {"devkit": many, "split": "train", "classes": classes, "shard-size": 64, "out": out}
+        words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+        start = time.perf_counter()
+        process = subprocess.Popen([sys.executable, str(ROOT / "workflows/prepare.py"), *words])
+        peaks = _watch(process)
+        seconds = time.perf_counter() - start
+        assert process.returncode == 0
+        assert len(PreparedDataset(out)) == num_images
+        results[str(num_images)] = {"seconds": seconds, "images_per_s": num_images / seconds} | peaks
+    first, last = (results[str(num_images)]["driver_peak_mib"] for num_images in (SCALES[0], SCALES[-1]))
+    return results | {"driver_kib_per_image": 1024 * (last - first) / (SCALES[-1] - SCALES[0])}
 
 
 def _many(few: Path, many: Path, num_images: int) -> Path:
@@ -234,46 +294,32 @@ def _many(few: Path, many: Path, num_images: int) -> Path:
     return many
 
 
-def _measure_scale(config: PrepareConfig, sender: Any) -> None:
-    """In a process of its own, so that its peak is of this run alone."""
-    done, peaks = threading.Event(), Counter[str]()
-    watcher = threading.Thread(target=_watch, args=(done, peaks))
-    watcher.start()
-    start = time.perf_counter()
-    dataset = prepare(config)
-    seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
-    assert len(dataset) == dataset.manifest["num_images"]
-    status = Path("/proc/self/status").read_text()  # getrusage has the peak of the process that started this one
-    peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
-    sender.send(
-        {
-            "seconds": seconds,
-            "images_per_s": len(dataset) / seconds,
-            "driver_peak_mib": peak,
-            "worker_peak_mib": peaks["worker"] / 2**20,
-            "all_peak_mib": peaks["all"] / 2**20,
-        }
-    )
-
-
-def _watch(done: threading.Event, peaks: Counter[str]) -> None:
-    """The greatest worker, and the proportional memory of this process and all below it."""
+def _watch(process: subprocess.Popen[bytes]) -> dict[str, float]:
+    """MiB at most until it ends: of the process, of a worker, and in proportion of all processes below it."""
     import ray
 
     psutil = import_module("psutil", ray.__name__)
-    while not done.wait(1.0):
+    peaks = Counter[str]()
+    while process.poll() is None:
         total = 0
-        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        for each in _family(psutil, process.pid):
             try:
-                used, title = process.memory_full_info().pss, " ".join(process.cmdline())
+                used, title = each.memory_full_info().pss, " ".join(each.cmdline())
             except psutil.Error:
-                continue
+                continue  # it has ended
             total += used
-            if title.startswith("ray::"):
-                peaks["worker"] = max(peaks["worker"], used)
+            kind = "driver" if each.pid == process.pid else "worker" if title.startswith("ray::") else "other"
+            peaks[kind] = max(peaks[kind], used)
         peaks["all"] = max(peaks["all"], total)
+        time.sleep(0.5)
+    return {f"{kind}_peak_mib": peaks[kind] / 2**20 for kind in ("driver", "worker", "all")}
+
+
+def _family(psutil: Any, pid: int) -> list[Any]:
+    try:
+        return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.Error:
+        return []
 
 
 def _time(times: dict[str, list[float]], name: str, run: Callable[[], object]) -> None:
