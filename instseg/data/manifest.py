@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import islice
 from typing import Any
 
 from instseg.config import PrepareConfig, ShardsConfig
@@ -22,6 +23,7 @@ _NETWORK_PACKAGES = {"torch": "torch", "torchvision": "torchvision"}
 _PACKAGES = {"opencv": "opencv-python-headless", "pyarrow": "pyarrow", "numpy": "numpy", "pillow": "pillow"}
 
 _NUM_READERS = 32  # a store, or a disk across a network, answers many at once
+_BATCH = 4096
 
 
 def collect_settings(config: PrepareConfig, listing: Listing, networks: dict[str, Any]) -> dict[str, Any]:
@@ -63,8 +65,11 @@ def _digest_logits(folder: str | None, image_ids: list[str]) -> str | None:
 
 def digest_files(paths: Iterable[StoragePath]) -> str:
     """Of the content of files, missing ones included, in their order."""
+    left, digests = iter(paths), list[str | None]()
     with ThreadPoolExecutor(_NUM_READERS) as pool:
-        return digest(list(pool.map(_digest_file, paths)))
+        while batch := list(islice(left, _BATCH)):  # a pool remembers all that it is given
+            digests += pool.map(_digest_file, batch)
+    return digest(digests)
 
 
 def _digest_file(path: StoragePath) -> str | None:
