@@ -2,9 +2,10 @@
 """What AP^r_vol of the whole system makes of a cheaper GrabCut; `curve` is what a call costs, and how near it comes.
 
 Foregrounds of a prepared data set are computed anew under each setting. The systems are the hand-set one without a
-detection head, which uses them most, and those of cross-validations (`instseg-crossvalidate`) of the same data, one for
-each seed, whose heads were trained with the foregrounds that the data has: each image is scored by a network that was
-trained without it. Records are kept in --out, so that a run that was stopped goes on. The data is of `instseg-prepare
+detection head, which uses them most, and those of cross-validations of the same data, one for each seed, whose heads
+were trained with the foregrounds that the data has: each image is scored by a network that was trained without it.
+`instseg-train --num-folds N --held-out K --out FOLDS/fold_K/run` trains one (or `instseg-crossvalidate`, and all rows).
+Records are kept in --out, so that a run that was stopped goes on. The data is of `instseg-prepare
 --grabcut.num-iterations 5 --grabcut.box-pixels 1000000000 --grabcut.margin 1000000000`.
 """
 
@@ -30,9 +31,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import write_result
-from instseg.config import FULL, GrabCutConfig, ModelConfig
+from instseg.config import FULL, GrabCutConfig, ModelConfig, TrainConfig
 from instseg.data.dataset import PreparedDataset
-from instseg.data.files import read_json
+from instseg.data.folds import split_folds
 from instseg.data.foreground import compute_foregrounds
 from instseg.evaluation.ap_r import ImageRecord, image_record
 from instseg.evaluation.matching import match_boxes
@@ -175,8 +176,9 @@ def _held_out(data: str, folds: str | None) -> Iterator[tuple[str | None, int]]:
     if folds is None:
         yield from ((None, index) for index in range(len(dataset)))
         return
-    fold_of = read_json(StoragePath.of(folds) / "crossvalidation.json")["folds"]
-    yield from ((f"{folds}/fold_{fold_of[i]}/run", k) for k, i in enumerate(dataset.image_ids))
+    num_folds = len(list(Path(folds).glob("fold_*")))
+    for fold, indices in enumerate(split_folds(dataset.image_ids, num_folds, TrainConfig.fold_seed)):
+        yield from ((f"{folds}/fold_{fold}/run", index) for index in indices)
 
 
 @torch.inference_mode()

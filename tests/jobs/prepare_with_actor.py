@@ -16,6 +16,7 @@ from instseg.config import PrepareConfig
 from instseg.data.stages import Draft, detect
 from instseg.jobs import networks
 from instseg.jobs.prepare import prepare
+from instseg.storage import StoragePath
 from instseg.structures import Detections
 
 
@@ -39,7 +40,5 @@ if __name__ == "__main__":
     if int(num_cpus):
         ray.init(num_cpus=int(num_cpus), num_gpus=1, include_dashboard=False, log_to_driver=False)
     networks.Detect = Imagined  # pyright: ignore[reportAttributeAccessIssue]
-    config = PrepareConfig(
-        out=out, devkit=devkit, split="train", classes=f"{devkit}/classes.txt", detector="imagined", shard_size=2
-    )
-    prepare(config)
+    classes = str(StoragePath.of(devkit) / "classes.txt")
+    prepare(PrepareConfig(out=out, devkit=devkit, split="train", classes=classes, detector="imagined", shard_size=2))
