@@ -40,6 +40,7 @@ from instseg.evaluation.matching import match_boxes
 from instseg.evaluation.records import read_records, write_records
 from instseg.evaluation.significance import compare
 from instseg.models.network import InstanceNetwork
+from instseg.report.ablation import PAPER_COLUMNS
 from instseg.report.tables import Evaluation
 from instseg.storage import StoragePath
 from instseg.structures import Detections, Sample, box_to_slices
@@ -74,21 +75,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True, help="prepared with the foregrounds of before")
     parser.add_argument("--folds", nargs="*", default=[], help="folders of cross-validations, one for each seed")
+    parser.add_argument("--split", help="text file with ids of some images, such as val.txt, which get a table too")
     parser.add_argument("--out", required=True, help="folder for records")
     options = parser.parse_args()
     data, scores = os.path.abspath(options.data), dict[str, Any]()
     with get_context("spawn").Pool(2, torch.set_num_threads, [1]) as pool:
         for place in (None, *(os.path.abspath(place) for place in options.folds)):
             system = HAND_SET if place is None else Path(place).name
-            for name in (PREPARED, DEFAULT):
-                path = _path(Path(options.out), system, name)
+            names = (PREPARED, DEFAULT, BOX) if place is None else (PREPARED, DEFAULT)
+            paths = {name: _path(options.out, system, name) for name in names}
+            for name, path in paths.items():
                 if path.size() is None:
                     jobs = [(data, place, name, *job) for job in _held_out(data, place)]
                     write_records(path, sorted(pool.starmap(_record, jobs, 4), key=lambda record: record.image_id))
-            scores[system] = _scores(Path(options.out), system, data)
+            records = {name: read_records(path) for name, path in paths.items()}
+            scores[system] = {"all": _table(records, _dataset(data).classes)}
+            if options.split is not None:
+                ids = set(Path(options.split).read_text().split())
+                some = {name: [each for each in found if each.image_id in ids] for name, found in records.items()}
+                scores[system]["split"] = _table(some, _dataset(data).classes)
             print(system, json.dumps(scores[system], indent=1), flush=True)
-    differences = [of_system["difference"][0] for system, of_system in scores.items() if system != HAND_SET]
-    result = {"before": asdict(SETTINGS[BEFORE]), "after": asdict(SETTINGS[DEFAULT]), "ap_r_vol": scores}
+    differences = [each["all"][DEFAULT]["difference"][0] for system, each in scores.items() if system != HAND_SET]
+    result = {"before": asdict(SETTINGS[BEFORE]), "after": asdict(SETTINGS[DEFAULT]), "ap_r": scores}
     print(write_result("foregrounds", result | {"mean_difference": mean(differences) if differences else None}))
 
 
@@ -191,19 +199,20 @@ def _record(data: str, folds: str | None, name: str, run: str | None, index: int
     return image_record(sample, network.instance_map(output), before, dataset.num_labels, validity)
 
 
-def _scores(out: Path, system: str, data: str) -> dict[str, Any]:
-    """AP^r_vol, and the difference to the foregrounds of before with its 95 % interval, in percent."""
-    before, after = (read_records(_path(out, system, name)) for name in (PREPARED, DEFAULT))
-    classes = _dataset(data).classes
-    return {
-        PREPARED: Evaluation.of(before, classes).metrics()["ap_r_vol"],
-        DEFAULT: Evaluation.of(after, classes).metrics()["ap_r_vol"],
-        "difference": [100 * value for value in compare(before, after).ap_r_vol],
-    }
+def _table(records: dict[str, list[ImageRecord]], classes: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Of each foregrounds AP^r at the paper's thresholds, its volume, mean IoU, and AP^r_vol less that of before."""
+    table: dict[str, dict[str, Any]] = {}
+    for name, found in records.items():
+        evaluation = Evaluation.of(found, classes)
+        values = (*evaluation.row(), evaluation.metrics()["mean_iou_after"])
+        table[name] = {"num_images": len(found)} | dict(zip(PAPER_COLUMNS, values, strict=True))
+        if name != PREPARED:  # with the ends of the 95 % interval
+            table[name]["difference"] = [100 * value for value in compare(records[PREPARED], found).ap_r_vol]
+    return table
 
 
-def _path(out: Path, system: str, name: str) -> StoragePath:
-    return StoragePath.of(str(out)) / f"{system}-{name}.arrow".replace(" ", "_")
+def _path(out: str, system: str, name: str) -> StoragePath:
+    return StoragePath.of(out) / f"{system}-{name}.arrow".replace(" ", "_")
 
 
 @lru_cache
