@@ -21,10 +21,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,14 @@ def main() -> None:
     """Print what was measured and write results/prepare.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--devkit", help="VOC devkit; beside it networks/detections.json and networks/logits")
-    parts = {"stages": stages, "scaling": scaling, "scale": scale, "grabcut": grabcut}
-    parser.add_argument("--parts", nargs="+", default=list(parts), choices=list(parts))
+    names, curve = ("stages", "scaling", "scale", "grabcut"), bench_foregrounds.CURVE
+    parser.add_argument("--parts", nargs="+", default=names, choices=names)
+    parser.add_argument("--settings", nargs="+", default=curve, choices=curve, help="of GrabCut; the others stay")
     options = parser.parse_args()
     path = RESULTS / "prepare.json"
     results = json.loads(path.read_text()) if path.exists() else {}
+    again = partial(grabcut, names=options.settings, before=results.get("grabcut", {}).get("curve", {}))
+    parts = {"stages": stages, "scaling": scaling, "scale": scale, "grabcut": again}
     with tempfile.TemporaryDirectory() as folder:
         config = _inputs(options.devkit, Path(folder))
         for part in options.parts:
@@ -252,14 +256,16 @@ def _make(plan: ShardPlan, task: ShardTask) -> str:
     return write(plan, foreground(plan, read(plan, task))).sha256
 
 
-def grabcut(config: PrepareConfig, folder: Path) -> dict[str, Any]:
-    """The curve of settings, what the default costs beside the plain loop in one process, and how it divides by two."""
+def grabcut(
+    config: PrepareConfig, folder: Path, names: Sequence[str], before: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    """The curve of settings, and what the default costs beside the plain loop in one process."""
     out = folder / "grabcut"
     prepare(replace(config, split="all", out=str(out)))
-    curve = bench_foregrounds.curve(str(out))
+    curve = before | bench_foregrounds.curve(str(out), names)
     plain, default = (curve[name] for name in (bench_foregrounds.PLAIN, bench_foregrounds.DEFAULT))
     ratio = plain["cpu_seconds_per_detection"] / default["cpu_seconds_per_detection"]
-    return {"curve": curve, "plain_over_default": ratio}
+    return {"curve": {name: curve[name] for name in bench_foregrounds.CURVE}, "plain_over_default": ratio}
 
 
 def scale(config: PrepareConfig, folder: Path) -> dict[str, Any]:
