@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import write_result
+from benchmarks.processes import descendants, memory_mib, name_of
 from instseg.data.synthetic import write_synthetic_devkit
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -43,8 +43,9 @@ def measure(root: Path, count: int) -> dict[str, Any]:
     process = subprocess.Popen([sys.executable, str(REPOSITORY / "workflows" / "predict.py"), *words])
     peaks = {"driver_mib": 0.0, "worker_mib": 0.0, "all_workers_mib": 0.0}
     while process.poll() is None:
-        workers = [resident_mib(pid) for pid in descendants(process.pid) if name_of(pid).startswith("ray::Map")]
-        now = (resident_mib(process.pid), max(workers, default=0.0), sum(workers))
+        pids = [pid for pid in descendants(process.pid) if name_of(pid).startswith("ray::Map")]
+        driver, *workers = (memory_mib(pid, "status", "RssAnon") for pid in (process.pid, *pids))
+        now = (driver, max(workers, default=0.0), sum(workers))
         peaks = {name: max(peak, value) for (name, peak), value in zip(peaks.items(), now, strict=True)}
         time.sleep(EVERY_S)
     if process.returncode:
@@ -52,40 +53,6 @@ def measure(root: Path, count: int) -> dict[str, Any]:
     wall_s = time.monotonic() - start
     print(f"{count} images: {peaks}, {wall_s:.0f} s", flush=True)
     return {"num_images": count, "peak": {name: round(peak) for name, peak in peaks.items()}, "wall_s": round(wall_s)}
-
-
-def descendants(pid: int) -> list[int]:
-    """All processes below one; those that end meanwhile are left out."""
-    parents: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            stat = read(int(entry), "stat")
-            if stat:
-                parents.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry))
-    found, new = [], [pid]
-    while new:
-        new = [child for parent in new for child in parents.get(parent, [])]
-        found += new
-    return found
-
-
-def resident_mib(pid: int) -> float:
-    """Resident memory without pages of files and shared memory, 0 if the process has ended."""
-    lines = [line for line in read(pid, "status").splitlines() if line.startswith("RssAnon")]
-    return int(lines[0].split()[1]) / 1024 if lines else 0.0
-
-
-def name_of(pid: int) -> str:
-    """The command line, which Ray sets to what a worker does."""
-    return read(pid, "cmdline").replace("\0", " ")
-
-
-def read(pid: int, file: str) -> str:
-    """A file of /proc, empty if the process has ended."""
-    try:
-        return Path(f"/proc/{pid}/{file}").read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 if __name__ == "__main__":

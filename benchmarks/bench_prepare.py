@@ -26,7 +26,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import bench_foregrounds
 from benchmarks.common import RESULTS, write_result
+from benchmarks.processes import descendants, memory_mib, name_of
 from instseg.config import PrepareConfig
 from instseg.data.dataset import PreparedDataset
 from instseg.data.manifest import collect_settings
@@ -304,30 +304,14 @@ def _many(few: Path, many: Path, num_images: int) -> Path:
 
 def _watch(process: subprocess.Popen[bytes]) -> dict[str, float]:
     """MiB at most until it ends: of the process, of a worker, and in proportion of all processes below it."""
-    import ray
-
-    psutil = import_module("psutil", ray.__name__)
-    peaks = Counter[str]()
+    peaks = {"driver_peak_mib": 0.0, "worker_peak_mib": 0.0, "all_peak_mib": 0.0}
     while process.poll() is None:
-        total = 0
-        for each in _family(psutil, process.pid):
-            try:
-                used, title = each.memory_full_info().pss, " ".join(each.cmdline())
-            except psutil.Error:
-                continue  # it has ended
-            total += used
-            kind = "driver" if each.pid == process.pid else "worker" if title.startswith("ray::") else "other"
-            peaks[kind] = max(peaks[kind], used)
-        peaks["all"] = max(peaks["all"], total)
+        used = {pid: memory_mib(pid, "smaps_rollup", "Pss") for pid in (process.pid, *descendants(process.pid))}
+        workers = [mib for pid, mib in used.items() if name_of(pid).startswith("ray::")]
+        now = (used[process.pid], max(workers, default=0.0), sum(used.values()))
+        peaks = {name: max(peak, value) for (name, peak), value in zip(peaks.items(), now, strict=True)}
         time.sleep(0.5)
-    return {f"{kind}_peak_mib": peaks[kind] / 2**20 for kind in ("driver", "worker", "all")}
-
-
-def _family(psutil: Any, pid: int) -> list[Any]:
-    try:
-        return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    except psutil.Error:
-        return []
+    return peaks
 
 
 def _time(times: dict[str, list[float]], name: str, run: Callable[[], object]) -> None:
@@ -359,13 +343,14 @@ def _inputs(devkit: str | None, folder: Path) -> PrepareConfig:
     else:
         found = list_images(PrepareConfig(out="", devkit=devkit, split="train"))
         root, outputs, classes = folder / "devkit", Path(devkit).parent / "networks", None
-        (root / "ImageSets/Segmentation").mkdir(parents=True)
+        names = root / "ImageSets/Segmentation"
+        names.mkdir(parents=True)
         for name in ("JPEGImages", "SegmentationClass", "SegmentationObject"):
             (root / name).symlink_to(Path(str(getattr(found.source, "root"))) / name)  # noqa: B009
         ids = [item.image_id for item in found.items]
-        (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(ids[:NUM_IMAGES]))
-        (root / "ImageSets/Segmentation/warm.txt").write_text("\n".join(ids[-4 * SCALING_SHARD_SIZE :]))
-        (root / "ImageSets/Segmentation/all.txt").write_text("\n".join(ids))
+        (names / "train.txt").write_text("\n".join(ids[:NUM_IMAGES]))
+        (names / "warm.txt").write_text("\n".join(ids[-4 * SCALING_SHARD_SIZE :]))
+        (names / "all.txt").write_text("\n".join(ids))
     return PrepareConfig(
         out="",
         devkit=str(root),
