@@ -35,11 +35,16 @@ def progress(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
         now = time.monotonic()
         if now - last > LINE_EVERY_S:
             rate = (done - before) / (now - start)
-            left = f"about {(total - done) / rate / 60:.0f} min left"
-            print(f"{what}: {done} of {total}, {rate:.2f} a second, {left}", flush=True)
+            speed = f", {rate:.2f} a second, {time_left((total - done) / rate)}" if before else ""
+            print(f"{what}: {done} of {total}{speed}", flush=True)
             last = now
-            if not before:  # what an earlier run had finished comes at once, and is no measure of the others
+            if not before:  # workers had to start, and what an earlier run had finished comes at once: no measure
                 before, start = done, now
+
+
+def time_left(seconds: float) -> str:
+    """In words, to the minute where there are more than two."""
+    return f"about {seconds / 60:.0f} min left" if seconds > 120 else f"about {seconds:.0f} s left"
 
 
 def byte_progress(chunks: Iterable[bytes], done: int, total: int | None, what: str) -> Iterator[bytes]:
@@ -66,6 +71,6 @@ def byte_progress(chunks: Iterable[bytes], done: int, total: int | None, what: s
         if now - last > LINE_EVERY_S:
             last = now
             rate = (done - first) / (now - start)
-            left = "" if total is None else f", about {(total - done) / rate / 60:.0f} min left"
+            left = "" if total is None else f", {time_left((total - done) / rate)}"
             size = "" if total is None else f" of {total / 1e6:.0f}"
             print(f"{what}: {done / 1e6:.0f}{size} MB, {rate / 1e6:.1f} MB a second{left}", flush=True)

@@ -11,7 +11,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-_LINE_EVERY_S = 10.0
+from instseg.jobs.progress import LINE_EVERY_S, time_left
+
 _POLL_S = 0.5
 
 
@@ -103,7 +104,7 @@ class EpochLog:
         self.sums = {name: self.sums.get(name, 0.0) + loss for name, loss in losses.items()}
         self.wait_ms += wait_ms
         now = time.monotonic()
-        if now - self.last > _LINE_EVERY_S:
+        if now - self.last > LINE_EVERY_S:
             self.last = now
             self.log.line_soon(self._line(now - self.start))
 
@@ -114,7 +115,7 @@ class EpochLog:
         return (
             f"epoch {self.epoch + 1}/{self.num_epochs}, step {step}/{self.num_steps}: {in_words(means)}, "
             f"{self.num_done * self.batch_size / seconds:.2f} images/s, data wait {self.wait_ms / seconds / 10:.1f} %, "
-            f"about {num_left * seconds / self.num_done / 60:.0f} min left"
+            + time_left(num_left * seconds / self.num_done)
         )
 
 

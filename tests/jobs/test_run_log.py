@@ -23,7 +23,7 @@ def test_a_line_every_ten_seconds_says_how_fast_and_how_long(monkeypatch: pytest
         now[0] += 4
         log.add({"semantic_loss": float(index), "instance_loss": 1.0}, wait_ms=1000.0)
     expected = "epoch 2/3, step 3/10: semantic loss 1.0000, instance loss 1.0000, 0.50 images/s, data wait 25.0 %, "
-    assert lines == [expected + "about 1 min left"]
+    assert lines == [expected + "about 68 s left"]
 
 
 @pytest.mark.ray
