@@ -2,11 +2,12 @@
 """What AP^r_vol of the whole system makes of a cheaper GrabCut; `curve` is what a call costs, and how near it comes.
 
 Foregrounds of a prepared data set are computed anew under each setting. The systems are the hand-set one without a
-detection head, which uses them most, and those of cross-validations of the same data, one for each seed, whose heads
-were trained with the foregrounds that the data has: each image is scored by a network that was trained without it.
-`instseg-train --num-folds N --held-out K --out FOLDS/fold_K/run` trains one (or `instseg-crossvalidate`, and all rows).
-Records are kept in --out, so that a run that was stopped goes on. The data is of `instseg-prepare
---grabcut.num-iterations 5 --grabcut.box-pixels 1000000000 --grabcut.margin 1000000000`.
+detection head, which uses them most, and those of cross-validations, two for each seed, whose heads were trained with
+the foregrounds of before and of now: each image is scored by a network that was trained without it. `instseg-train
+--num-folds N --held-out K --out FOLDS/fold_K/run` trains one (or `instseg-crossvalidate`, and all rows). Records are
+kept in --out, so that a run that was stopped goes on. --data, and that of --folds-before, is of `instseg-prepare
+--grabcut.num-iterations 5 --grabcut.box-pixels 1000000000 --grabcut.margin 1000000000`; --folds-now is trained on what
+`instseg-prepare` makes of the same images by default.
 """
 
 from __future__ import annotations
@@ -49,18 +50,28 @@ WHOLE = 10**9  # pixels, or sides of the box: more than any image has
 SETTINGS: dict[str, GrabCutConfig] = {
     (BEFORE := "whole image, 5 iterations"): GrabCutConfig(5, WHOLE, WHOLE),
     "whole image, 1": GrabCutConfig(1, WHOLE, WHOLE),
-    "half around, 5": GrabCutConfig(5, WHOLE),
-    "half around, 16384 px, 5": GrabCutConfig(5),
-    "half around, 16384 px, 2": GrabCutConfig(2),
-    "half around, 16384 px, 1": GrabCutConfig(),
-    "half around, 4096 px, 1": GrabCutConfig(1, 4096),
-    "quarter around, 16384 px, 1": GrabCutConfig(margin=0.25),
+    "half around, 5": GrabCutConfig(5, WHOLE, 0.5),
+    "half around, 16384 px, 5": GrabCutConfig(5, margin=0.5),
+    "half around, 16384 px, 2": GrabCutConfig(2, margin=0.5),
+    "half around, 16384 px, 1": GrabCutConfig(margin=0.5),
+    "half around, 4096 px, 1": GrabCutConfig(1, 4096, 0.5),
+    "quarter around, 32768 px, 1": GrabCutConfig(1, 32768),
+    "quarter around, 16384 px, 1": GrabCutConfig(),
+    "quarter around, 4096 px, 1": GrabCutConfig(1, 4096),
 }
-PLAIN, PREPARED, BOX, DEFAULT = "plain OpenCV, whole image, 5", "as prepared", "box", "half around, 16384 px, 1"
-CHEAP = ["half around, 16384 px, 2", DEFAULT, "half around, 4096 px, 1"]  # of these, AP^r without a head
+PLAIN, PREPARED, BOX, DEFAULT = "plain OpenCV, whole image, 5", "as prepared", "box", "quarter around, 16384 px, 1"
+CHEAP = [name for name in SETTINGS if name.endswith(("px, 2", "px, 1"))]  # of these, AP^r without a head
+RETRAINED = f"{DEFAULT}, and trained so"
 CURVE = [PLAIN, *SETTINGS, BOX]
 EVERY = 4  # of the images serves for the curve; all do for the plain loop and the default
 HAND_SET = "hand-set, no head"
+
+
+class Scored(NamedTuple):
+    """A row: folds of the networks (None: the hand-set one) and the setting of the foregrounds that they are given."""
+
+    folds: str | None
+    foregrounds: str
 
 
 class Masks(NamedTuple):
@@ -76,19 +87,21 @@ def main() -> None:
     """Print what was measured and write results/foregrounds.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True, help="prepared with the foregrounds of before")
-    parser.add_argument("--folds", nargs="*", default=[], help="folders of cross-validations, one for each seed")
+    parser.add_argument("--folds-before", nargs="*", default=[], help="cross-validations on --data, one for each seed")
+    parser.add_argument("--folds-now", nargs="*", default=[], help="those on the foregrounds of now, in the same order")
     parser.add_argument("--split", help="text file with ids of some images, such as val.txt, which get a table too")
     parser.add_argument("--out", required=True, help="folder for records")
     options = parser.parse_args()
     data, scores = os.path.abspath(options.data), dict[str, Any]()
+    systems = {HAND_SET: {name: Scored(None, name) for name in (PREPARED, *CHEAP, BOX)}}
+    for before, now in zip(options.folds_before, options.folds_now, strict=True):
+        systems[Path(before).name] = _scored(os.path.abspath(before), os.path.abspath(now))
     with get_context("spawn").Pool(2, torch.set_num_threads, [1]) as pool:
-        for place in (None, *(os.path.abspath(place) for place in options.folds)):
-            system = HAND_SET if place is None else Path(place).name
-            names = (PREPARED, *CHEAP, BOX) if place is None else (PREPARED, DEFAULT)
-            paths = {name: _path(options.out, system, name) for name in names}
+        for system, rows in systems.items():
+            paths = {name: _path(options.out, system, name) for name in rows}
             for name, path in paths.items():
                 if path.size() is None:
-                    jobs = [(data, place, name, *job) for job in _held_out(data, place)]
+                    jobs = [(data, rows[name].foregrounds, *job) for job in _held_out(data, rows[name].folds)]
                     write_records(path, sorted(pool.starmap(_record, jobs, 4), key=lambda record: record.image_id))
             records = {name: read_records(path) for name, path in paths.items()}
             scores[system] = {"all": _table(records, _dataset(data).classes)}
@@ -97,9 +110,18 @@ def main() -> None:
                 some = {name: [each for each in found if each.image_id in ids] for name, found in records.items()}
                 scores[system]["split"] = _table(some, _dataset(data).classes)
             print(system, json.dumps(scores[system], indent=1), flush=True)
-    differences = [each["all"][DEFAULT]["difference"][0] for system, each in scores.items() if system != HAND_SET]
+        for name, row in scores[HAND_SET]["all"].items():  # the other systems are given the same masks
+            masks = pool.starmap(_masks, [(data, index, name) for index in range(len(_dataset(data)))])
+            row["mean_iou_with_truth"] = _quality(masks)["mean_iou_with_truth"]
+    tables = [scores[system]["all"] for system in systems if system != HAND_SET]
     result = {"before": asdict(SETTINGS[BEFORE]), "after": asdict(SETTINGS[DEFAULT]), "ap_r": scores}
-    print(write_result("foregrounds", result | {"mean_difference": mean(differences) if differences else None}))
+    for name in (DEFAULT, RETRAINED) if tables else ():
+        result[f"mean difference: {name}"] = mean(table[name]["difference"][0] for table in tables)
+    print(write_result("foregrounds", result))
+
+
+def _scored(before: str, now: str) -> dict[str, Scored]:
+    return {PREPARED: Scored(before, PREPARED), DEFAULT: Scored(before, DEFAULT), RETRAINED: Scored(now, DEFAULT)}
 
 
 def curve(data: str, names: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -192,7 +214,7 @@ def _held_out(data: str, folds: str | None) -> Iterator[tuple[str | None, int]]:
 
 
 @torch.inference_mode()
-def _record(data: str, folds: str | None, name: str, run: str | None, index: int) -> ImageRecord:
+def _record(data: str, name: str, run: str | None, index: int) -> ImageRecord:
     dataset = _dataset(data)
     network, sample = _network(run, dataset.num_labels), dataset[index]
     sample = replace(sample, detections=_foregrounds(sample, name)[0])

@@ -153,7 +153,7 @@ class GrabCutConfig(_Checked):
 
     num_iterations: int = 1
     box_pixels: int = 16384  # in the box, at most; 16384 is 128 x 128
-    margin: float = 0.5  # of the box's sides, on each side
+    margin: float = 0.25  # of the box's sides, on each side
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -91,7 +91,7 @@ def test_sees_the_box_and_a_margin_at_a_bounded_resolution(monkeypatch: pytest.M
     image = np.random.default_rng(0).integers(0, 256, (600, 800, 3)).astype(np.uint8)
     images = _seen(monkeypatch, slice(None))
     boxes = ((200, 100, 600, 300), (200, 100, 240, 120), (0, 0, 800, 600))
-    detections, _ = compute_foregrounds(image, _detections(*boxes), "a", GrabCutConfig(box_pixels=800))
+    detections, _ = compute_foregrounds(image, _detections(*boxes), "a", GrabCutConfig(box_pixels=800, margin=0.5))
     # 400 x 200 pixels become 40 x 20, and 200 and 100 pixels on each side, of which the image has all, 20 and 10
     assert [seen.shape[:2] for seen in images] == [(40, 80), (40, 80), (24, 33)]
     np.testing.assert_array_equal(images[1], image[90:130, 180:260])
