@@ -55,7 +55,7 @@ from instseg.jobs.sources import list_images
 from instseg.storage import StoragePath
 
 NUM_IMAGES, SHARD_SIZE, ROUNDS = 48, 4, 3
-SCALING_SHARD_SIZE = 8  # of all photographs: enough shards that the last ones do not count, enough work in each
+SCALING_SHARD_SIZE, NUM_WARM_UP = PrepareConfig(out="").shard_size, 32
 NETWORKS = {"detect": "fasterrcnn_resnet50_fpn", "segment": "deeplabv3_mobilenet_v3_large"}
 NUM_FOR_NETWORKS = 8
 PAPER_IMAGES, PAPER_DETECTIONS = {"sbd": 10_582, "coco": 66_099}, 250_000  # SBD's with some of VOC
@@ -206,22 +206,21 @@ def _network_costs(config: PrepareConfig, plan: ShardPlan, tasks: list[ShardTask
 
 
 def scaling(config: PrepareConfig, folder: Path) -> dict[str, Any]:
-    """Seconds for all photographs with 1 and 2 CPUs, of Ray and of a process pool that does the same, in turn, warm."""
-    import ray
+    """Seconds for all photographs on 1 and 2 CPUs, of Ray and of a process pool that does the same, in turn, warm.
 
+    All processes, the driver's and Ray's own too, have these CPUs alone.
+    """
     warm_up, config = (replace(config, split=split, shard_size=SCALING_SHARD_SIZE) for split in ("warm", "all"))
     times: dict[str, list[float]] = {}
     for number in range(ROUNDS):
         for num_cpus in (1, 2):
-            with _pool(warm_up, num_cpus) as run:
-                _time(times, f"pool_{num_cpus}", lambda n=num_cpus, k=number: run(config, folder / f"pool_{n}_{k}"))
-            ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
-            try:
-                prepare(replace(warm_up, out=str(folder / f"warm_{num_cpus}_{number}")))
-                out = folder / f"ray_{num_cpus}_{number}"
-                _time(times, f"ray_{num_cpus}", lambda out=out: prepare(replace(config, out=str(out))))
-            finally:
-                ray.shutdown()
+            with _on_cpus(num_cpus):
+                with _pool(warm_up, num_cpus) as run:
+                    _time(times, f"pool_{num_cpus}", lambda n=num_cpus, k=number: run(config, folder / f"pool_{n}_{k}"))
+                with _ray(num_cpus):
+                    prepare(replace(warm_up, out=str(folder / f"warm_{num_cpus}_{number}")))
+                    out = folder / f"ray_{num_cpus}_{number}"
+                    _time(times, f"ray_{num_cpus}", lambda out=out: prepare(replace(config, out=str(out))))
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {
         "num_images": len(list_images(config).items),
@@ -237,6 +236,28 @@ def _paired(first: list[float], second: list[float], divisor: int) -> list[float
     """Least, median and greatest of the rounds' ratios."""
     ratios = sorted(a / b / divisor for a, b in zip(first, second, strict=True))
     return [ratios[0], statistics.median(ratios), ratios[-1]]
+
+
+@contextmanager
+def _on_cpus(num_cpus: int) -> Iterator[None]:
+    """Give this process, and those that it starts, so many of its CPUs."""
+    usable = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(usable)[:num_cpus])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, usable)
+
+
+@contextmanager
+def _ray(num_cpus: int) -> Iterator[None]:
+    import ray
+
+    ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 @contextmanager
@@ -334,7 +355,7 @@ def _inputs(devkit: str | None, folder: Path) -> PrepareConfig:
     """The first photographs of a devkit, or generated scenes; the split "warm" has a few, "all" all."""
     if devkit is None:
         write_synthetic_devkit(
-            str(folder / "devkit"), num_train=NUM_IMAGES, num_val=4 * SCALING_SHARD_SIZE, seed=0, size=(376, 496)
+            str(folder / "devkit"), num_train=NUM_IMAGES, num_val=NUM_WARM_UP, seed=0, size=(376, 496)
         )
         root, outputs, classes = folder / "devkit", folder / "devkit", str(folder / "devkit/classes.txt")
         names = root / "ImageSets/Segmentation"
@@ -349,7 +370,7 @@ def _inputs(devkit: str | None, folder: Path) -> PrepareConfig:
             (root / name).symlink_to(Path(str(getattr(found.source, "root"))) / name)  # noqa: B009
         ids = [item.image_id for item in found.items]
         (names / "train.txt").write_text("\n".join(ids[:NUM_IMAGES]))
-        (names / "warm.txt").write_text("\n".join(ids[-4 * SCALING_SHARD_SIZE :]))
+        (names / "warm.txt").write_text("\n".join(ids[-NUM_WARM_UP:]))
         (names / "all.txt").write_text("\n".join(ids))
     return PrepareConfig(
         out="",
