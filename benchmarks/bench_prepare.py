@@ -55,7 +55,7 @@ from instseg.jobs.sources import list_images
 from instseg.storage import StoragePath
 
 NUM_IMAGES, SHARD_SIZE, ROUNDS = 48, 4, 3
-SCALING_SHARD_SIZE, NUM_WARM_UP = PrepareConfig(out="").shard_size, 32
+SCALING_SHARD_SIZE, NUM_WARM_UP = PrepareConfig.shard_size, 32
 NETWORKS = {"detect": "fasterrcnn_resnet50_fpn", "segment": "deeplabv3_mobilenet_v3_large"}
 NUM_FOR_NETWORKS = 8
 PAPER_IMAGES, PAPER_DETECTIONS = {"sbd": 10_582, "coco": 66_099}, 250_000  # SBD's with some of VOC
