@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -27,6 +26,7 @@ from instseg.jobs.predict_inputs import check_semantic, classes_of, collect_sett
 from instseg.jobs.prepare import check_quarantine
 from instseg.jobs.progress import progress
 from instseg.jobs.roots import check_inputs, check_nodes, check_out
+from instseg.jobs.rows import rows_of
 from instseg.models.checkpoint import find_checkpoint
 from instseg.report.preparation import stage_table
 from instseg.report.tables import align
@@ -131,9 +131,6 @@ def _predict_shards(
     needs_foregrounds: bool,
 ) -> Predictions:
     """Send each shard through the stages, as `prepare` does."""
-    import ray.data  # takes seconds, so that --help goes without
-
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     networks, done, seconds = stages_of(config), Predictions(plan.out), Counter[str]()
     for network in networks:
         network(config, classes, "cpu")  # a mistake in its options is found before anything is computed
@@ -142,9 +139,8 @@ def _predict_shards(
         check_nodes(**{name: StoragePath.of(root) for name, root in roots.items() if root is not None})
         clear(plan)
         print(f"predicting the images of {len(tasks)} shards", flush=True)
-        ray.data.DataContext.get_current().enable_progress_bars = False  # `progress` reports
+        rows = rows_of(tasks)
         start = time.monotonic()
-        rows = ray.data.from_items([asdict(task) for task in tasks], override_num_blocks=len(tasks))
         rows = rows.map(lambda row: read_inputs(plan, ShardTask(**row)).encode(), num_cpus=1)
         rows = through_networks(rows, networks, config, classes, num_others=1)
         if needs_foregrounds:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import time
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from instseg.jobs.ending import command, end
 from instseg.jobs.networks import describe_networks, stages_of, through_networks
 from instseg.jobs.progress import progress
 from instseg.jobs.roots import check_inputs, check_nodes, check_out
+from instseg.jobs.rows import rows_of
 from instseg.jobs.sources import list_images
 from instseg.report.preparation import stage_table
 from instseg.storage import StoragePath
@@ -120,9 +120,6 @@ def _write_shards(
     Returns:
         What the shards hold, in their order; what each stage took of all workers together; which were there already.
     """
-    import ray.data  # takes seconds, so that --help and a run with nothing to do go without
-
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     results: dict[str, dict[str, Any]] = {}
     classes, networks = plan.source.classes, stages_of(config)
     for network in networks:
@@ -131,8 +128,7 @@ def _write_shards(
         roots = {name: getattr(config, name) for name in (*_ROOTS, "logits", "out")}
         check_nodes(**{name: StoragePath.of(root) for name, root in roots.items() if root is not None})
         (plan.out / MANIFEST).delete()
-        ray.data.DataContext.get_current().enable_progress_bars = False  # `progress` reports
-        rows = ray.data.from_items([asdict(task) for task in tasks], override_num_blocks=len(tasks))
+        rows = rows_of(tasks)
         rows = rows.map(lambda row: read(plan, ShardTask(**row)).encode(), num_cpus=1)
         rows = through_networks(rows, networks, config, classes)
         rows = rows.map(lambda row: _finish(plan, Draft.decode(row)), num_cpus=1)
