@@ -46,8 +46,9 @@ class Evaluators:
         resources = {"num_cpus": 1, "num_gpus": plan.gpus_per_actor}
         actor = ray.remote(**resources, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS)(_Evaluator)
         self._dataset = dataset
+        # Goes with each task: as an argument of the actors it could be lost to those that restart, says Ray, aloud.
         self._state = ray.put({name: tensor.cpu().numpy() for name, tensor in network.state_dict().items()})
-        arguments = (dataset, network.config, self._state, plan.device)
+        arguments = (dataset, network.config, plan.device)
         self._actors: list[Any] = [actor.remote(*arguments) for _ in range(plan.num_actors)]
 
     def records(
@@ -66,7 +67,7 @@ class Evaluators:
             JobError: If an actor dies more often than `MAX_RESTARTS`, or finds no GPU where one was promised.
         """
         indices = range(len(self._dataset))
-        found = self._map("record", indices, ablation, oracle, selection is not None)
+        found = self._map("record", indices, self._state, ablation, oracle, selection is not None)
         records = []
         for record, predicted in progress(found, len(indices), "evaluated images"):
             records.append(record)
@@ -97,20 +98,26 @@ class Evaluators:
 
 
 class _Evaluator:
-    """The actor."""
+    """The actor. Its network gets its parameters with the first image."""
 
-    def __init__(
-        self, dataset: PreparedDataset, config: ModelConfig, state: Mapping[str, np.ndarray], device: Processor
-    ) -> None:
+    def __init__(self, dataset: PreparedDataset, config: ModelConfig, device: Processor) -> None:
         torch.set_num_threads(1)
         self._dataset = dataset
-        self._network = InstanceNetwork(replace(config, semantic_weights=None), dataset.num_labels)
-        self._network.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
-        self._network.to("cuda" if device == "gpu" else "cpu").eval()
+        network = InstanceNetwork(replace(config, semantic_weights=None), dataset.num_labels)
+        self._network = network.to("cuda" if device == "gpu" else "cpu").eval()
+        self._is_loaded = False
 
     def record(
-        self, index: int, ablation: Ablation, oracle: Oracle | None, show: bool
+        self,
+        index: int,
+        state: Mapping[str, np.ndarray],
+        ablation: Ablation,
+        oracle: Oracle | None = None,
+        show: bool = False,
     ) -> tuple[ImageRecord, InstanceMap | None]:
+        if not self._is_loaded:
+            self._network.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
+            self._is_loaded = True
         record, predicted = self._named(index, lambda: self._record(index, ablation, oracle))
         return record, shrink_map(predicted) if show else None
 

@@ -189,8 +189,8 @@ def test_a_true_map_reaches_the_crf_of_a_semantic_network(tiny_data: Path, monke
     dataset = PreparedDataset(str(tiny_data))
     model = ModelConfig(semantic="lraspp_mobilenet_v3_large")
     state = {name: tensor.numpy() for name, tensor in InstanceNetwork(model, dataset.num_labels).state_dict().items()}
-    actor = actors._Evaluator(dataset, model, state, "cpu")
-    records = [actor.record(index, FULL, true_map, show=False)[0] for index in range(len(dataset))]
+    actor = actors._Evaluator(dataset, model, "cpu")
+    records = [actor.record(index, state, FULL, true_map)[0] for index in range(len(dataset))]
     assert mean_iou(total((record.confusion_before for record in records), dataset.num_labels)) == 1.0
 
 

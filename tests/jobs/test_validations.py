@@ -43,9 +43,9 @@ def config(tiny_data: Path) -> ValidationConfig:
 def test_it_measures_what_an_evaluation_does(tmp_path: Path, config: ValidationConfig) -> None:
     network, dataset = save(tmp_path, 1), validation_images(config)
     state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
-    evaluator = _Evaluator(dataset, MODEL, state, "cpu")
+    evaluator = _Evaluator(dataset, MODEL, "cpu")
     expected = Evaluation.of(
-        [evaluator.record(i, FULL, None, False)[0] for i in range(len(dataset))], dataset.classes
+        [evaluator.record(i, state, FULL)[0] for i in range(len(dataset))], dataset.classes
     ).metrics()
     found = validate(epoch_folder(tmp_path, 1), config, tmp_path / "panels.png", tmp_path / "crf.png")
     assert found == {name: expected[source] for name, source in METRICS.items()}
