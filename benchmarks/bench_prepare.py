@@ -49,6 +49,7 @@ from instseg.data.network_outputs import read_detections
 from instseg.data.shards import ShardPlan, ShardTask
 from instseg.data.stages import foreground, read, write
 from instseg.data.synthetic import write_synthetic_devkit
+from instseg.jobs.cluster import cluster
 from instseg.jobs.networks import Detect, Segment
 from instseg.jobs.prepare import prepare
 from instseg.jobs.sources import list_images
@@ -217,7 +218,7 @@ def scaling(config: PrepareConfig, folder: Path) -> dict[str, Any]:
             with _on_cpus(num_cpus):
                 with _pool(warm_up, num_cpus) as run:
                     _time(times, f"pool_{num_cpus}", lambda n=num_cpus, k=number: run(config, folder / f"pool_{n}_{k}"))
-                with _ray(num_cpus):
+                with cluster():  # on the CPUs that this process may use
                     prepare(replace(warm_up, out=str(folder / f"warm_{num_cpus}_{number}")))
                     out = folder / f"ray_{num_cpus}_{number}"
                     _time(times, f"ray_{num_cpus}", lambda out=out: prepare(replace(config, out=str(out))))
@@ -247,17 +248,6 @@ def _on_cpus(num_cpus: int) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, usable)
-
-
-@contextmanager
-def _ray(num_cpus: int) -> Iterator[None]:
-    import ray
-
-    ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @contextmanager
